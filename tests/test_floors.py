@@ -18,7 +18,7 @@ FLOORS = {
     "planning": 3,
     "models": 4,
     "data": 4,
-    "fuse": 4,
+    "fusing": 4,
     "training": 5,
     "evaluation": 5,
     "reporting": 5,
@@ -28,7 +28,7 @@ FLOORS = {
     "__main__": 6,
 }
 SAME_FLOOR = {
-    ("fuse", "models"),  # finds the blocks and the head of a Hugging Face model
+    ("fusing", "models"),  # finds the blocks and the head of a Hugging Face model
     ("training", "evaluation"),  # the loop evaluates
     ("cli", "__init__"),
     ("__main__", "cli"),

@@ -1,0 +1,101 @@
+"""``lowtide train``: fine-tune every parameter of a model."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import TYPE_CHECKING
+
+from ..training.config import GROUPS, TrainConfig
+from ..units import format_bytes, format_count, format_duration
+from .arguments import add_dataclass_arguments, build_from_arguments
+
+if TYPE_CHECKING:
+    from ..training import Event, TrainResult
+
+_EPILOG = """\
+example:
+  lowtide train --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --output tuned \\
+                --optimizer adalomo --lr 5e-4 --max-steps 200 --batch-size 8 --micro-batch-size 2
+
+The same as a file, `lowtide train --config run.yaml`, where flags given as well win over the file:
+  model: HuggingFaceTB/SmolLM2-135M-Instruct
+  data: [train.jsonl]
+  output: tuned
+  lr: 5.0e-4
+  max_steps: 200
+
+What a run used is in OUTPUT/config.yaml, which --config takes again. Paths are relative to where you are."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags: one for each field of ``TrainConfig``, and ``--config``."""
+    add_dataclass_arguments(parser, TrainConfig, GROUPS)
+    parser.epilog = _EPILOG
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and say in plain words what will be and what has been done. Returns the exit code."""
+    config = build_from_arguments(TrainConfig, args)
+    config.validate()
+    from ..training import train
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
+    def on_event(event: Event) -> None:
+        if event["event"] == "config":
+            print(describe_plan(config, event), flush=True)
+
+    result = train(config, on_event=on_event)
+    print(describe_result(result), flush=True)
+    return 130 if result.interrupted else 0
+
+
+def describe_plan(config: TrainConfig, event: Event) -> str:
+    """What the run will do, from its first event: a few lines for people."""
+    steps, epochs = event["num_steps"], event["num_steps"] / event["steps_per_epoch"]
+    micro = config.micro_batch_size or config.batch_size
+    how = "all at once" if micro >= config.batch_size else f"through each layer {micro} at a time"
+    tokens = format_count(config.batch_size * config.max_seq_len)
+    return "\n".join(
+        (
+            f"Fine-tuning all {format_count(event['num_parameters'])} parameters of {config.model} in {config.dtype} "
+            f"on {event['device']}.",
+            f"{steps} steps ({epochs:.2g} epochs) of {config.batch_size} sequences, at most {tokens} tokens a step, {how}.",
+            f"Data: {event['data_num_records']} records, {format_count(event['data_num_tokens'])} tokens"
+            f"{_losses(event)}.",
+            f"Optimizer: {config.optimizer}, learning rate up to {event['lr']:g}, {config.schedule} schedule.",
+        )
+    )
+
+
+def describe_result(result: TrainResult) -> str:
+    """What the run did: the score before and after, the memory, and what to type next."""
+    lines = []
+    if result.interrupted:
+        lines.append(f"Stopped by Ctrl-C after step {result.num_steps}; the model was saved as it was then.")
+    else:
+        lines.append(f"Done: {result.num_steps} steps in {format_duration(result.wall_s)}.")
+    if result.num_skipped:
+        lines.append(f"{result.num_skipped} steps were skipped, because their loss was not finite.")
+    before, after = result.loss_before, result.loss_after
+    if before is not None and after is not None:
+        lines.append(
+            f"Held-out loss {before.loss:.4f} -> {after.loss:.4f}, "
+            f"perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} ({after.num_tokens} tokens)."
+        )
+    lines.append(f"Peak memory: {format_bytes(result.peak_memory_bytes)}.")
+    lines.append(f"The model is in {result.model_dir}. Next:")
+    lines.append(f"  lowtide generate --model {shlex.quote(str(result.model_dir))} --prompt 'Hello'")
+    return "\n".join(lines)
+
+
+def _losses(event: Event) -> str:
+    """What encoding cut off or left out, because silently lost data is the kind of surprise nobody finds."""
+    notes = []
+    if event["data_num_truncated"]:
+        notes.append(f"{event['data_num_truncated']} truncated to max_seq_len")
+    if event["data_num_dropped"]:
+        notes.append(f"{event['data_num_dropped']} dropped")
+    return f" ({', '.join(notes)})" if notes else ""

@@ -1,0 +1,105 @@
+"""Conversations as text: render with the tokenizer's chat template and say which characters are trained on.
+
+The assistant turns are found without ``{% generation %}`` marks, which few templates have. What the model is given
+before turn i is the conversation up to it with the generation prompt; what it should have written is whatever the
+template adds when the turn itself is rendered: the content and the end-of-turn token, but not the role header. (If a
+template has no generation prompt, the header is for the model to write, and then it is trained on, as inference will
+need it.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from .records import Record
+from ..log import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as the model reads it; ``spans`` are the [start, end) characters trained on, in order."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+def render_chats(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[RenderedChat]]:
+    """Render the ``messages`` of every record.
+
+    Normally one rendering a record. A template that rewrites earlier assistant turns once the conversation goes on
+    (Qwen3 drops their reasoning) gives one a turn, each what inference would see at that turn and trained on that turn
+    alone.
+
+    Raises:
+        ValueError: there is no chat template, the template refuses the conversation, or a rendered assistant turn does
+            not start with the generation prompt.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{records[0].where}: 'messages' need a chat template and this tokenizer has none; "
+            "use an instruct model, or write the data as prompt/completion"
+        )
+    end_tokens = tuple(
+        token for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if token.strip()
+    )
+    rendered = [_render_record(record, tokenizer, end_tokens) for record in records]
+    rewritten = sum(len(chats) > 1 for chats in rendered)
+    if rewritten:
+        logger.warning(
+            "the chat template rewrites earlier turns: %d conversations become one example per assistant turn",
+            rewritten,
+        )
+    return rendered
+
+
+def _render_record(
+    record: Record, tokenizer: PreTrainedTokenizerBase, end_tokens: tuple[str, ...]
+) -> list[RenderedChat]:
+    assert record.messages is not None
+    chats = []
+    for index, message in enumerate(record.messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(record, index, tokenizer, generation_prompt=True)
+        after = _render(record, index + 1, tokenizer, generation_prompt=False)
+        if not after.startswith(before):
+            raise ValueError(
+                f"{record.where}: the chat template cannot be trained on: with messages[{index}] rendered, the text "
+                f"does not start with what inference is given (the generation prompt ends in {before[-30:]!r}); "
+                "set another chat_template, or write the data as prompt/completion"
+            )
+        chats.append(RenderedChat(after, [(len(before), _end_of_turn(after, end_tokens))]))
+    # Whatever follows the last assistant turn teaches nothing, so the last rendering is the whole of the conversation.
+    whole = chats[-1].text
+    if all(whole.startswith(chat.text) for chat in chats):
+        return [RenderedChat(whole, [chat.spans[0] for chat in chats])]
+    return chats
+
+
+def _render(record: Record, num_messages: int, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool) -> str:
+    assert record.messages is not None
+    try:
+        text = tokenizer.apply_chat_template(
+            record.messages[:num_messages], tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except Exception as error:  # templates raise jinja2's errors, transformers its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{record.where}: the chat template refuses messages[:{num_messages}] ({reason}); correct the line"
+        ) from error
+    assert isinstance(text, str)
+    return text
+
+
+def _end_of_turn(text: str, end_tokens: tuple[str, ...]) -> int:
+    """Where the trained part of a turn that ends ``text`` ends.
+
+    ChatML writes a newline after ``<|im_end|>``. Generation stops at the token, so the newline is not for the model to
+    write. Where white space is all that ends a turn, it is the end-of-turn mark and stays.
+    """
+    stripped = text.rstrip()
+    return len(stripped) if stripped.endswith(end_tokens) else len(text)

@@ -1,0 +1,17 @@
+"""Models of Hugging Face: loading and saving, their blocks, and a loss that never holds all logits."""
+
+from .blocks import find_blocks, resolve_blocks
+from .hub import load_model, load_tokenizer, parse_dtype, save_model
+from .loss import ChunkedLoss, causal_lm_loss, linear_cross_entropy
+
+__all__ = [
+    "ChunkedLoss",
+    "causal_lm_loss",
+    "find_blocks",
+    "linear_cross_entropy",
+    "load_model",
+    "load_tokenizer",
+    "parse_dtype",
+    "resolve_blocks",
+    "save_model",
+]

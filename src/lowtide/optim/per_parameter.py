@@ -1,0 +1,106 @@
+"""Any torch-style optimizer class, one parameter at a time: the general form of "optimizer in backward".
+
+Each parameter gets an instance of the class of its own, whose options are those of the parameter's group at the moment
+of the update, so learning-rate schedulers work as usual. The optimizer state is kept (an Adam needs its moments); what
+is saved is the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .base import SIXTEEN_BIT, FusibleOptimizer, Prepare, prepared
+
+_OURS = ("rounding", "rounding_seed")
+
+
+class PerParameter(FusibleOptimizer):
+    """Run ``optimizer_class`` inside the backward pass, or as an ordinary optimizer.
+
+    16-bit parameters are updated in float32 and rounded once: the class sees a float32 copy of one parameter at a time
+    and its state is float32. Other parameters are updated by the class directly, bit for bit as without lowtide.
+
+    Args:
+        optimizer_class: e.g. ``torch.optim.AdamW``; any class with ``param_groups``, ``state`` and ``step()``.
+        params: parameters or parameter groups, as in torch.
+        rounding: as in :class:`lowtide.Lomo`.
+        rounding_seed: as in :class:`lowtide.Lomo`.
+        options: passed to ``optimizer_class``.
+
+    Raises:
+        TypeError: ``optimizer_class`` is no optimizer class, or does not know an option.
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer_class: type[Optimizer],
+        params: Iterable[Any],
+        *,
+        rounding: str | None = None,
+        rounding_seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+            raise TypeError(f"PerParameter needs a subclass of torch.optim.Optimizer, got {optimizer_class!r}")
+        if issubclass(optimizer_class, FusibleOptimizer):
+            raise TypeError(f"{optimizer_class.__name__} can be fused as it is: use it without PerParameter")
+        self.optimizer_class = optimizer_class
+        self._inner: dict[Tensor, Optimizer] = {}
+        # An instance over a stand-in fills in the defaults of the class and checks the options.
+        defaults = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options).defaults
+        super().__init__(params, {**defaults, "rounding": rounding, "rounding_seed": rounding_seed})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._inner = {}  # made anew around the loaded state when next needed
+
+    def update_param(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None = None) -> None:
+        """See :meth:`FusibleOptimizer.update_param`. For 16-bit parameters, one float32 copy of this one is made."""
+        inner = self._inner.get(param)
+        if inner is None:
+            inner = self._inner[param] = self._make_inner(param, group)
+        inner_group = inner.param_groups[0]
+        inner_group.update({name: value for name, value in group.items() if name not in ("params", *_OURS)})
+        proxy = inner_group["params"][0]
+        sixteen_bit = param.dtype in SIXTEEN_BIT
+        if sixteen_bit:
+            proxy.data = param.detach().to(torch.float32)
+        kept = param.grad  # unfused, the gradient belongs to the caller
+        proxy.grad = prepared(grad, proxy.dtype, prepare)
+        inner.step()
+        proxy.grad = None
+        if sixteen_bit:
+            self._write(param, proxy.detach(), group)
+            proxy.data = torch.empty(0, device=param.device)
+        else:
+            param.grad = kept
+        state = self.state[param]
+        state.update(inner.state[proxy])
+
+    def _make_inner(self, param: Tensor, group: dict[str, Any]) -> Optimizer:
+        options = {name: value for name, value in group.items() if name in self.defaults and name not in _OURS}
+        proxy = torch.nn.Parameter(param.detach().to(torch.float32)) if param.dtype in SIXTEEN_BIT else param
+        inner = self.optimizer_class([proxy], **_constructor_options(self.optimizer_class, options))
+        loaded = {name: value for name, value in self.state.get(param, {}).items() if name != "rounding_step"}
+        if loaded:
+            inner.state[proxy] = loaded
+        return inner
+
+    def _write(self, param: Tensor, value: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        step = state["rounding_step"] = state.get("rounding_step", 0) + 1
+        self._writer(param, group, step)(param, value, 0)
+
+
+def _constructor_options(optimizer_class: type[Optimizer], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the constructor takes; some classes put more into ``defaults`` than they accept."""
+    import inspect
+
+    accepted = inspect.signature(optimizer_class.__init__).parameters
+    return {name: value for name, value in options.items() if name in accepted}

@@ -1,0 +1,44 @@
+"""The training run: its settings, its loop, and what it tells while it runs.
+
+What needs torch is imported when it is first asked for, so that the command line can show its help at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .config import TrainConfig
+from .events import Event, EventLog, Listener, read_events
+from .schedule import make_schedule
+
+if TYPE_CHECKING:
+    from .progress import ConsoleProgress
+    from .setup import resolve_device
+    from .trainer import TrainResult, train
+
+_LATER = {
+    "ConsoleProgress": "progress",
+    "TrainResult": "trainer",
+    "resolve_device": "setup",
+    "train": "trainer",
+}
+
+__all__ = [
+    "ConsoleProgress",
+    "Event",
+    "EventLog",
+    "Listener",
+    "TrainConfig",
+    "TrainResult",
+    "make_schedule",
+    "read_events",
+    "resolve_device",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)

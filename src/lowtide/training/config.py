@@ -1,0 +1,221 @@
+"""The settings of a training run: one dataclass, whose field descriptions are also the help of ``lowtide train``.
+
+This file imports neither torch nor transformers, so that ``lowtide train --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+OPTIMIZERS = ("adalomo", "lomo", "adamw", "sgd")
+SCHEDULES = ("linear", "cosine", "constant")
+ROUNDINGS = ("nearest", "stochastic")
+DTYPES = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
+
+# The same rates serve float32 and 16-bit weights, because 16-bit weights are rounded stochastically: an update that is
+# smaller than the spacing of the numbers still counts on average. With rounding="nearest" it would be lost, at any rate.
+DEFAULT_LR = {"adalomo": 5e-4, "lomo": 5e-2, "adamw": 2e-5, "sgd": 5e-2}
+
+MODEL_AND_DATA = "model and data"
+OPTIMISATION = "optimisation"
+MEMORY = "memory and speed"
+OUTPUT = "output"
+GROUPS = (MODEL_AND_DATA, OPTIMISATION, MEMORY, OUTPUT)
+
+
+def _option(group: str, text: str, choices: Sequence[str] = (), **default: Any) -> Any:
+    """A field with what ``--help`` says about it: its group, its description and the values it may have."""
+    return dataclasses.field(metadata={"group": group, "help": text, "choices": tuple(choices)}, **default)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """What to train, on what, how and where to. Names are the same here, in a config file and (with dashes) as flags.
+
+    The description of every field is in its declaration below; ``validate`` says what is refused. ``None`` means "choose
+    for me" unless a field says otherwise.
+    """
+
+    model: str = _option(
+        MODEL_AND_DATA, "the model: a Hugging Face directory, a name on the Hugging Face hub, or a .gguf file"
+    )
+    data: Sequence[str] = _option(
+        MODEL_AND_DATA,
+        "training data, one or more files: plain text, or JSONL with `text`, `messages` (the loss counts on the assistant's "
+        "turns only) or `prompt` and `completion` (on the completion only)",
+    )
+    eval_data: Sequence[str] | None = _option(
+        MODEL_AND_DATA,
+        "held-out data in the same formats; without it a part of the training data is held out",
+        default=None,
+    )
+    eval_fraction: float = _option(
+        MODEL_AND_DATA,
+        "the share of the training records that is held out when there is no eval_data; 0 trains on all of them and "
+        "evaluates nothing",
+        default=0.05,
+    )
+    max_seq_len: int = _option(
+        MODEL_AND_DATA, "tokens in a sequence at most; what is longer is cut into several or truncated", default=512
+    )
+    packing: bool | None = _option(
+        MODEL_AND_DATA,
+        "fill every sequence with several documents, without attention from one to the other, instead of padding each; "
+        "default: packing for text, padding for messages and prompts",
+        default=None,
+    )
+    trust_remote_code: bool = _option(
+        MODEL_AND_DATA, "run the Python code that comes with the model; only for sources that you trust", default=False
+    )
+
+    optimizer: str = _option(
+        OPTIMISATION,
+        "adalomo and lomo keep next to no state; adamw and sgd are torch's own, run parameter by parameter in the backward",
+        OPTIMIZERS,
+        default="adalomo",
+    )
+    lr: float | None = _option(
+        OPTIMISATION,
+        "highest learning rate; default: " + ", ".join(f"{rate:g} for {name}" for name, rate in DEFAULT_LR.items()),
+        default=None,
+    )
+    weight_decay: float = _option(
+        OPTIMISATION, "decoupled weight decay of the matrices (never of biases and norms)", default=0.0
+    )
+    epochs: int | None = _option(
+        OPTIMISATION,
+        "passes over the data; with max_steps too, training ends at whichever comes first; default: 1 without max_steps",
+        default=None,
+    )
+    max_steps: int | None = _option(
+        OPTIMISATION, "steps in all; without epochs the data is repeated as often as that takes", default=None
+    )
+    batch_size: int = _option(OPTIMISATION, "sequences in a step", default=8)
+    schedule: str = _option(
+        OPTIMISATION,
+        "the learning rate after the warm-up: falls to 0 in a line or a half cosine, or stays",
+        SCHEDULES,
+        default="linear",
+    )
+    warmup_ratio: float = _option(
+        OPTIMISATION, "the share of the steps in which the learning rate rises from 0 in a line", default=0.06
+    )
+    clip_grad_norm: float | None = _option(
+        OPTIMISATION, "the largest norm of the gradient over all parameters; default: no limit", default=None
+    )
+    clip_grad_value: float | None = _option(
+        OPTIMISATION, "the largest absolute value of a gradient's element; default: no limit", default=None
+    )
+    seed: int = _option(OPTIMISATION, "decides the order of the data, dropout and stochastic rounding", default=0)
+
+    micro_batch_size: int | None = _option(
+        MEMORY,
+        "sequences that go through a layer at once; smaller needs less memory and changes nothing in the result; "
+        "default: the whole batch",
+        default=None,
+    )
+    dtype: str = _option(MEMORY, "number format of the weights and of the computation", DTYPES[:3], default="bfloat16")
+    rounding: str | None = _option(
+        MEMORY,
+        "of updated 16-bit weights; default: stochastic (small updates count on average)",
+        ROUNDINGS,
+        default=None,
+    )
+    device: str = _option(MEMORY, "auto (the GPU if there is one), cpu, cuda or cuda:N", default="auto")
+    threads: int | None = _option(MEMORY, "processor threads for the computation; default: torch decides", default=None)
+
+    output: str = _option(
+        OUTPUT,
+        "a new or empty directory: the model is saved in its subdirectory model/, beside metrics.jsonl and config.yaml",
+    )
+    eval_every: int | None = _option(
+        OUTPUT,
+        "evaluate every that many steps too; default: only before the first and after the last step",
+        default=None,
+    )
+    log_every: int = _option(
+        OUTPUT, "steps between two lines of progress where the output is not a terminal", default=10
+    )
+
+    @property
+    def effective_lr(self) -> float:
+        """The highest learning rate: ``lr``, or the default of the optimizer."""
+        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    def validate(self) -> None:
+        """Check every field on its own and the combinations.
+
+        Raises:
+            ValueError: a value that cannot work; the message starts with the field's name.
+        """
+        _check_present(self)
+        _check_choices(self)
+        _check_ranges(self)
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size must not be larger than batch_size ({self.batch_size}), got {self.micro_batch_size}"
+            )
+        if self.rounding == "stochastic" and self.dtype in ("float32", "fp32"):
+            raise ValueError(
+                "rounding stochastic is for 16-bit weights and means nothing for dtype float32: leave it out"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that YAML and JSON can hold, by field name; ``TrainConfig(**config.to_dict())`` is the same again."""
+        values = dataclasses.asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def _check_present(config: TrainConfig) -> None:
+    for name in ("model", "output"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} must not be empty")
+    for name in ("data", "eval_data"):
+        paths = getattr(config, name)
+        if isinstance(paths, str):
+            setattr(config, name, [paths])
+        elif paths is not None and not all(paths):
+            raise ValueError(f"{name} must not contain an empty path")
+    if not config.data:
+        raise ValueError("data must name at least one file")
+    if config.eval_data is not None and not config.eval_data:
+        raise ValueError("eval_data must name at least one file, or be left out")
+
+
+def _check_choices(config: TrainConfig) -> None:
+    for name, allowed in (
+        ("optimizer", OPTIMIZERS),
+        ("schedule", SCHEDULES),
+        ("dtype", DTYPES),
+        ("rounding", (*ROUNDINGS, None)),
+    ):
+        value = getattr(config, name)
+        if value not in allowed:
+            words = [word for word in allowed if word is not None]
+            nearest = difflib.get_close_matches(str(value), words, n=1)
+            hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+            raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}{hint}")
+    kind, _, index = config.device.partition(":")
+    if not (config.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    counts = ("batch_size", "micro_batch_size", "max_steps", "epochs", "eval_every", "log_every", "threads")
+    for name, least in [*((name, 1) for name in counts), ("max_seq_len", 2), ("seed", 0)]:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    for name in ("lr", "clip_grad_norm", "clip_grad_value"):
+        value = getattr(config, name)
+        # written so that NaN fails too
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a number above 0, got {value}")
+    if not 0 <= config.weight_decay < float("inf"):
+        raise ValueError(f"weight_decay must be 0 or more, got {config.weight_decay}")
+    for name in ("eval_fraction", "warmup_ratio"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(config, name)}")

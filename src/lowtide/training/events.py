@@ -1,0 +1,71 @@
+"""What happens in a run, as a stream of events: plain dictionaries that go to a JSON Lines file and to whoever listens.
+
+Every event has ``event``, ``step`` (steps taken so far) and ``time`` (seconds since the run began). The kinds:
+
+    config  config (all fields), num_parameters, num_steps, steps_per_epoch, sequence counts and tokens, num_records
+    train   loss (of the batch, before its update), lr, grad_norm (None where unknown), num_tokens, tokens_per_s,
+            memory_bytes, epoch, skipped (True: the loss was not finite and nothing was updated)
+    eval    loss, perplexity, num_tokens, memory_bytes
+    end     loss_before, loss_after, peak_memory_bytes, num_skipped, interrupted, wall_s
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+class EventLog:
+    """Writes every event as one line of JSON, at once, so that a crash leaves a readable file.
+
+    Args:
+        path: file to write. It must not exist yet.
+
+    Raises:
+        FileExistsError: there is such a file; nothing is overwritten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] = path.open("x", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        """Append one event. Not a number and infinity become null, because JSON has neither."""
+        self._file.write(json.dumps(_finite(event), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; the log takes no more events."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_events(path: str | Path, kind: str | None = None) -> list[Event]:
+    """The events in a file written by ``EventLog``, all of them or those of one kind, in order."""
+    with Path(path).open(encoding="utf-8") as lines:
+        events = [json.loads(line) for line in lines]
+    return [event for event in events if kind is None or event["event"] == kind]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,109 @@
+"""Progress for people: a live bar on a terminal, a plain line every few steps anywhere else."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ..units import format_bytes, format_duration
+from .events import Event
+
+# Weight of the newest step in the running mean of the speed; about the last ten steps count.
+_NEWEST = 0.2
+
+
+class ConsoleProgress:
+    """A listener for the events of a run that shows them: step, loss, lr, grad norm, tokens/s, memory, time left.
+
+    Args:
+        console: where to write; default: standard output.
+        log_every: steps between two lines where the console is not a terminal.
+    """
+
+    def __init__(self, console: Console | None = None, log_every: int = 10) -> None:
+        self.console = console or Console()
+        self.log_every = log_every
+        self._num_steps = 0
+        self._tokens_per_s = 0.0
+        self._first_time: float | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        kind = event["event"]
+        if kind == "config":
+            self._num_steps = event["num_steps"]
+        elif kind == "train":
+            self._show_step(event)
+        elif kind == "eval":
+            self._say(
+                f"step {event['step']}: held-out loss {event['loss']:.4f}, perplexity {event['perplexity']:.2f} "
+                f"({event['num_tokens']} tokens)"
+            )
+        elif kind == "end":
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen's live area; its last state stays visible."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _say(self, line: str) -> None:
+        console = self._bar.console if self._bar is not None else self.console
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _show_step(self, event: Event) -> None:
+        rate = event["tokens_per_s"]
+        self._tokens_per_s += (rate - self._tokens_per_s) * (_NEWEST if self._tokens_per_s else 1)
+        if event["skipped"]:
+            self._say(f"step {event['step']}: the loss is {event['loss']}, so this step was skipped")
+        if self.console.is_terminal:
+            self._advance(event)
+        elif event["step"] % self.log_every == 0 or event["step"] == self._num_steps:
+            line = f"step {event['step']}/{self._num_steps}  {self._status(event)}"
+            self._say(f"{line}  {format_duration(self._seconds_left(event))} left")
+        if self._first_time is None:
+            self._first_time = event["time"]
+
+    def _advance(self, event: Event) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("train", total=self._num_steps, status="")
+            self._bar.start()
+        assert self._task is not None
+        self._bar.update(self._task, completed=event["step"], status=self._status(event))
+
+    def _status(self, event: Event) -> str:
+        norm = "" if event["grad_norm"] is None else f"grad norm {event['grad_norm']:.3g}  "
+        return (
+            f"loss {event['loss']:.4f}  lr {event['lr']:.2e}  {norm}{self._tokens_per_s:.0f} tokens/s  "
+            f"{format_bytes(event['memory_bytes'])}"
+        )
+
+    def _seconds_left(self, event: Event) -> float:
+        """From the time of a step so far; the first step, which warms up caches, does not count once there are others."""
+        if self._first_time is None:
+            return (self._num_steps - event["step"]) * event["num_tokens"] / max(event["tokens_per_s"], 1e-9)
+        per_step = (event["time"] - self._first_time) / max(1, event["step"] - 1)
+        return (self._num_steps - event["step"]) * per_step

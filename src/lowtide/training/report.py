@@ -1,0 +1,91 @@
+"""Turns what happens in a run into events, with its times, counts and memory, and hands them to the listeners."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation import LossResult
+from ..planning.hardware import peak_resident_bytes, resident_bytes
+from .events import Listener
+
+if TYPE_CHECKING:
+    from .trainer import TrainResult
+
+
+def memory_bytes(device: str) -> int:
+    """Memory in use now: of the CUDA device, what torch allocated; else the resident set of the process."""
+    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else resident_bytes()
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most that ``memory_bytes`` ever was, loading the model included."""
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_resident_bytes()
+
+
+class Reporter:
+    """Counts steps and tells the listeners, in their order.
+
+    Attributes:
+        num_steps: steps taken, skipped ones included.
+        num_skipped: steps whose loss was not finite.
+        num_skipped_in_a_row: those since the last step that updated.
+    """
+
+    def __init__(self, listeners: Sequence[Listener], device: str) -> None:
+        self.num_steps = 0
+        self.num_skipped = 0
+        self.num_skipped_in_a_row = 0
+        self._listeners = listeners
+        self._device = device
+        self._start = self._last = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self._start
+
+    def config(self, **facts: Any) -> None:
+        """Report the settings and what they come to."""
+        self._tell("config", **facts)
+
+    def step(self, batch: Mapping[str, Tensor], loss: float, **facts: Any) -> None:
+        """Report one step: ``facts`` are lr, grad_norm, epoch and skipped."""
+        now = time.perf_counter()
+        mask = batch.get("attention_mask")
+        num_tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        self.num_steps += 1
+        self.num_skipped += facts["skipped"]
+        self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if facts["skipped"] else 0
+        speed = num_tokens / max(now - self._last, 1e-9)
+        self._tell("train", loss=loss, num_tokens=num_tokens, tokens_per_s=speed, **self._memory(), **facts)
+        self._last = time.perf_counter()
+
+    def evaluation(self, result: LossResult) -> None:
+        """Report a held-out score. Its time does not count as time of a step."""
+        scores = {"loss": result.loss, "perplexity": result.perplexity, "num_tokens": result.num_tokens}
+        self._tell("eval", **scores, **self._memory())
+        self._last = time.perf_counter()
+
+    def end(self, result: TrainResult) -> None:
+        """Report the end."""
+        self._tell(
+            "end",
+            loss_before=result.loss_before and result.loss_before.loss,
+            loss_after=result.loss_after and result.loss_after.loss,
+            peak_memory_bytes=result.peak_memory_bytes,
+            num_skipped=result.num_skipped,
+            interrupted=result.interrupted,
+            wall_s=result.wall_s,
+        )
+
+    def _memory(self) -> dict[str, int]:
+        return {"memory_bytes": memory_bytes(self._device)}
+
+    def _tell(self, kind: str, **facts: Any) -> None:
+        event = {"event": kind, "step": self.num_steps, "time": self.seconds(), **facts}
+        for listener in self._listeners:
+            listener(event)

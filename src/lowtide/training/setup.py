@@ -1,0 +1,149 @@
+"""Everything that happens before the first step: the output directory, the data, the device, the optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..data import Batches, Record, TokenStats, encode_records, read_records, split_held_out
+from ..optim import AdaLomo, Lomo, PerParameter
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainData:
+    """What a run trains on.
+
+    Attributes:
+        train: batches of the training sequences.
+        held_out: batches of the held-out sequences, always in the same order; None when nothing is evaluated.
+        stats: counts of the training data: records, tokens, tokens that the loss counts, truncated, dropped.
+    """
+
+    train: Batches
+    held_out: Batches | None
+    stats: TokenStats
+
+
+def check_output(output: str | Path) -> Path:
+    """The output directory, if it is new or empty and can be made. Nothing is made yet.
+
+    Raises:
+        FileExistsError: it is a file, or it holds something.
+        PermissionError: it could not be created or written.
+    """
+    path = Path(output).expanduser()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"output {path} is a file; name a new or empty directory")
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(
+            f"output directory {path} is not empty, and nothing in it will be overwritten; name a new one or empty it"
+        )
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"output directory {path} cannot be made: {existing} is not a directory you may write to")
+    return path
+
+
+def resolve_device(name: str) -> str:
+    """The torch device that "auto", "cpu", "cuda" or "cuda:N" stands for on this machine.
+
+    Raises:
+        ValueError: there is no such GPU.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if num_gpus else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= num_gpus:
+        raise ValueError(f"device {name} is not there: torch sees {num_gpus} GPUs on this machine; use cpu or auto")
+    return name
+
+
+def read_data(config: TrainConfig) -> tuple[list[Record], list[Record]]:
+    """The training and the held-out records, the latter empty when nothing is to be evaluated.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, malformed or empty, or too small to hold a part of it out.
+    """
+    records = read_records(config.data)
+    if config.eval_data is not None:
+        return records, read_records(config.eval_data)
+    if config.eval_fraction == 0:
+        return records, []
+    return split_held_out(records, config.eval_fraction, config.seed)
+
+
+def encode_data(
+    config: TrainConfig, records: Sequence[Record], held_out: Sequence[Record], tokenizer: PreTrainedTokenizerBase
+) -> TrainData:
+    """Tokenize the records and cut them into batches.
+
+    Raises:
+        ValueError: nothing is left to train on or to evaluate, or the tokenizer cannot express the records.
+    """
+    packing = config.packing
+    if packing is None:
+        packing = all(record.text is not None for record in records)
+    pad_token_id = next(
+        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None),
+        0,  # padding is masked and never counted, so any token will do
+    )
+
+    def batches(part: Sequence[Record], name: str, batch_size: int, shuffle: bool) -> tuple[Batches, TokenStats]:
+        examples, stats = encode_records(part, tokenizer, config.max_seq_len)
+        if not any(label != -100 for example in examples for label in example.labels[1:]):
+            raise ValueError(
+                f"{name}: none of its {stats.num_records} records has a token to learn within max_seq_len "
+                f"{config.max_seq_len}; raise max_seq_len or check the data"
+            )
+        made = Batches(
+            examples,
+            batch_size=batch_size,
+            max_seq_len=config.max_seq_len,
+            pad_token_id=pad_token_id,
+            packing=packing,
+            seed=config.seed,
+            shuffle=shuffle,
+        )
+        return made, stats
+
+    train, stats = batches(records, ", ".join(map(str, config.data)), config.batch_size, shuffle=True)
+    if not held_out:
+        return TrainData(train, None, stats)
+    eval_name = ", ".join(map(str, config.eval_data)) if config.eval_data else "the held-out part of the data"
+    eval_batches, _ = batches(held_out, eval_name, config.micro_batch_size or config.batch_size, shuffle=False)
+    return TrainData(train, eval_batches, stats)
+
+
+def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Steps in the whole run: of all epochs, or ``max_steps`` if that comes first or stands alone."""
+    if config.epochs is None and config.max_steps is not None:
+        return config.max_steps
+    of_epochs = (config.epochs or 1) * steps_per_epoch
+    return of_epochs if config.max_steps is None else min(of_epochs, config.max_steps)
+
+
+def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; weight decay applies to those of two and more dimensions only."""
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    groups = [
+        {"params": [param for param in trainable if param.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [param for param in trainable if param.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    lr, rounding, seed = config.effective_lr, config.rounding, config.seed
+    if config.optimizer == "lomo":
+        return Lomo(groups, lr=lr, rounding=rounding, rounding_seed=seed)
+    if config.optimizer == "adalomo":
+        return AdaLomo(groups, lr=lr, rounding=rounding, rounding_seed=seed)
+    optimizer_class = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.SGD
+    return PerParameter(optimizer_class, groups, lr=lr, rounding=rounding, rounding_seed=seed)

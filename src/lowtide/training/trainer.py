@@ -1,0 +1,230 @@
+"""The training run. ``_run_steps`` is the whole algorithm (LOMO, arXiv 2306.09782); the rest prepares and reports.
+
+Order of things: settings, output directory, data, model. So nothing that takes long is loaded before what can be refused
+at once has been checked, and the output directory is made only when training can begin. In it:
+
+    config.yaml    the settings, all of them; ``lowtide train --config`` takes it again
+    metrics.jsonl  one event a line (see ``events.py``)
+    model/         the trained model, which plain transformers opens
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..evaluation import LossResult, evaluate_loss
+from ..fusing import fuse
+from ..models import load_model, load_tokenizer, parse_dtype, save_model
+from .config import TrainConfig
+from .events import EventLog, Listener
+from .interrupt import StopAfterStep
+from .progress import ConsoleProgress
+from .report import Reporter, peak_memory_bytes
+from .schedule import make_schedule
+from .setup import TrainData, check_output, count_steps, encode_data, make_optimizer, read_data, resolve_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..fused import Engine
+
+# So many steps without a finite loss in a row do not pass by themselves: the weights or the data are broken.
+_MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        num_steps: steps taken, skipped ones included.
+        num_skipped: steps whose loss was not finite, and which therefore updated nothing.
+        loss_before: held-out score before the first step; None when nothing is evaluated.
+        loss_after: held-out score after the last step; None when nothing is evaluated or the run was interrupted.
+        peak_memory_bytes: largest resident set of the process so far, or most CUDA memory allocated in the run.
+        output: the output directory.
+        model_dir: the saved model, inside ``output``.
+        wall_s: seconds from the first evaluation to the saved model.
+        interrupted: Ctrl-C ended the run early; the model was saved all the same.
+    """
+
+    num_steps: int
+    num_skipped: int
+    loss_before: LossResult | None
+    loss_after: LossResult | None
+    peak_memory_bytes: int
+    output: Path
+    model_dir: Path
+    wall_s: float
+    interrupted: bool
+
+
+def train(config: TrainConfig, *, on_event: Listener | None = None, show_progress: bool = True) -> TrainResult:
+    """Fine-tune all parameters of a model as ``config`` says and save it to ``config.output``.
+
+    Same settings, same machine, same number of threads: the same losses and weights bit for bit on the CPU. Sets torch's
+    global random seed, and its number of threads if ``config.threads`` is given.
+
+    Args:
+        config: the settings.
+        on_event: called with every event (see ``events.py``), before the progress display.
+        show_progress: show a bar (on a terminal) or lines (elsewhere) on standard output.
+
+    Raises:
+        ValueError: the settings or the data cannot work.
+        FileNotFoundError: there is no such data or model.
+        FileExistsError: the output directory is not empty.
+        MemoryError: the weights do not fit in memory.
+        RuntimeError: the loss stayed not finite for many steps. No model is saved then.
+    """
+    config.validate()
+    output = check_output(config.output)
+    device = resolve_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    records, held_out = read_data(config)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    data = encode_data(config, records, held_out, tokenizer)
+    model = load_model(
+        config.model,
+        dtype=parse_dtype(config.dtype),
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    with ExitStack() as stack:
+        listeners: list[Listener] = [stack.enter_context(EventLog(output / "metrics.jsonl"))]
+        if on_event is not None:
+            listeners.append(on_event)
+        if show_progress:
+            listeners.append(stack.enter_context(ConsoleProgress(log_every=config.log_every)))
+        stop = stack.enter_context(StopAfterStep())
+        run = _Run(config, model, data, device, Reporter(listeners, device), stop)
+        loss_before, loss_after = _run(run)
+        save_model(model, tokenizer, output / "model")
+        result = TrainResult(
+            num_steps=run.report.num_steps,
+            num_skipped=run.report.num_skipped,
+            loss_before=loss_before,
+            loss_after=loss_after,
+            peak_memory_bytes=peak_memory_bytes(device),
+            output=output,
+            model_dir=output / "model",
+            wall_s=run.report.seconds(),
+            interrupted=stop.requested,
+        )
+        run.report.end(result)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the loop works with, once all of it is there."""
+
+    config: TrainConfig
+    model: PreTrainedModel
+    data: TrainData
+    device: str
+    report: Reporter
+    stop: StopAfterStep
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that the whole run will take."""
+        return count_steps(self.config, len(self.data.train))
+
+    def batches(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(epoch, batch on the device) of every step, epoch after epoch."""
+        endless = ((epoch, batch) for epoch in itertools.count() for batch in self.data.train.epoch(epoch))
+        for epoch, batch in itertools.islice(endless, self.num_steps):
+            yield epoch, {name: value.to(self.device) for name, value in batch.items()}
+
+    def evaluation_is_due(self) -> bool:
+        """After the step just taken; after the last one there is an evaluation anyway."""
+        every, step = self.config.eval_every, self.report.num_steps
+        return every is not None and step % every == 0 and step < self.num_steps
+
+    def evaluate(self) -> LossResult | None:
+        """Score the held-out data, if there is any, and report it."""
+        if self.data.held_out is None:
+            return None
+        result = evaluate_loss(self.model, self.data.held_out.epoch(0))
+        self.report.evaluation(result)
+        return result
+
+
+def _run(run: _Run) -> tuple[LossResult | None, LossResult | None]:
+    """Evaluate, train, evaluate. Returns both scores, the second None if the run was interrupted."""
+    config = run.config
+    torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
+    run.model.train()
+    optimizer = make_optimizer(config, run.model)
+    engine = fuse(
+        run.model,
+        optimizer,
+        micro_batch_size=config.micro_batch_size,
+        clip_grad_norm=config.clip_grad_norm,
+        clip_grad_value=config.clip_grad_value,
+    )
+    try:
+        run.report.config(**_facts(run))
+        before = run.evaluate()
+        schedule = make_schedule(config.schedule, run.num_steps, config.warmup_ratio)
+        _run_steps(run, engine, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
+    finally:
+        engine.remove()
+    return before, None if run.stop.requested else run.evaluate()
+
+
+def _run_steps(run: _Run, engine: Engine, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+    """The training loop."""
+    report = run.report
+    for epoch, batch in run.batches():
+        lr = scheduler.get_last_lr()[0]
+        loss = run.model(**batch).loss
+        engine.backward(loss)  # every parameter is updated as its gradient completes
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        skipped = engine.step_skipped
+        report.step(batch, loss.item(), lr=lr, grad_norm=engine.grad_norm, epoch=epoch, skipped=skipped)
+        if report.num_skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(_broken(run))
+        if run.stop.requested:
+            break
+        if run.evaluation_is_due():
+            run.evaluate()
+
+
+def _facts(run: _Run) -> dict[str, Any]:
+    """What the settings come to, for the first event."""
+    stats = run.data.stats
+    return {
+        "config": run.config.to_dict(),
+        "num_parameters": sum(param.numel() for param in run.model.parameters()),
+        "num_steps": run.num_steps,
+        "steps_per_epoch": len(run.data.train),
+        "lr": run.config.effective_lr,
+        "device": run.device,
+        **{f"data_{name}": value for name, value in dataclasses.asdict(stats).items()},
+    }
+
+
+def _broken(run: _Run) -> str:
+    return (
+        f"the loss was not finite in {_MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {run.report.num_steps}; training "
+        f"stopped and no model was saved. Try a lower lr than {run.config.effective_lr:g}, clip_grad_norm 1, or dtype "
+        "bfloat16 instead of float16"
+    )
