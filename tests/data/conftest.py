@@ -1,5 +1,6 @@
 """Tiny real tokenizers, trained here in a moment, and the chat templates that the tests need."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +42,8 @@ TEMPLATES = SimpleNamespace(
     alternating=(
         "{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('roles must alternate') }}{% endif %}"
-        "{{ '[INST] ' + message.content + ' [/INST]' if message.role == 'user' else ' ' + message.content + eos_token }}"
+        "{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+        "{% else %} {{ message.content }}{{ eos_token }}{% endif %}"
         "{% endfor %}"
     ),
 )
@@ -90,14 +92,22 @@ def tokenizer(make_tokenizer):
 @pytest.fixture
 def sentencepiece_tokenizer():
     """Llama 2's arrangement: a blank put before every text, blanks as U+2581, bytes as a fallback, BOS added."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     # Newlines are bytes to Llama 2, so none of them may get into the vocabulary as characters.
     lines = [line.replace("\n", " ") for line in LINES]
-    tokenizer.train_from_iterator(
-        lines, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizer
+    trained.train_from_iterator(
+        lines, trainers.BpeTrainer(vocab_size=500, special_tokens=special + byte_tokens, show_progress=False)
     )
+    # The trainer makes special tokens of the bytes too, which decoding would leave out: take over its model alone.
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(model["vocab"], merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

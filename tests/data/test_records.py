@@ -87,7 +87,10 @@ BAD_LINES = {
     "empty": ('{"text": ""}', "'text' is an empty string"),
     "blank": ('{"text": " \\n"}', "'text' is an empty string"),
     "half a surrogate pair": ('{"text": "a\\ud800"}', "'text' has half a surrogate pair at character 1"),
-    "other kind": ('{"prompt": "a", "completion": "b"}', "a 'prompt/completion' record in a file that began with 'text'"),
+    "other kind": (
+        '{"prompt": "a", "completion": "b"}',
+        "a 'prompt/completion' record in a file that began with 'text'",
+    ),
     "two kinds": ('{"text": "a", "prompt": "a", "completion": "b"}', "has 'text' and 'prompt/completion' at once"),
 }
 BAD_PAIRS = {
@@ -105,7 +108,10 @@ BAD_CHATS = {
     "no role": ('[{"content": "a"}]', "messages[0] has no 'role'"),
     "no content": ('[{"role": "user"}]', "messages[0] has no 'content'"),
     "misspelt": ('[{"role": "user", "contents": "a"}]', "no 'content' (is 'contents' meant to be 'content'?)"),
-    "unknown role": ('[{"role": "gpt", "content": "a"}]', "messages[0] has the unknown role 'gpt'; roles are system, user"),
+    "unknown role": (
+        '[{"role": "gpt", "content": "a"}]',
+        "messages[0] has the unknown role 'gpt'; roles are system, user",
+    ),
     "role of a wrong type": ('[{"role": [1], "content": "a"}]', "messages[0] has the unknown role [1]"),
     "null content": ('[{"role": "user", "content": null}]', "messages[0] content is null, it must be a string"),
     "parts": ('[{"role": "user", "content": [{"type": "text"}]}]', "messages[0] content is a list"),

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +75,7 @@ def test_a_long_text_becomes_pieces_that_predict_every_token_once(tokenizer):
         assert [label for piece in pieces for label in piece.labels[1:]] == whole.labels[1:]
         assert all(len(piece.input_ids) <= max_seq_len for piece in pieces)
         assert all(piece.labels == [-100, *piece.input_ids[1:]] for piece in pieces)
-        for before, after in zip(pieces, pieces[1:], strict=False):
+        for before, after in pairwise(pieces):
             assert before.input_ids[-1] == after.input_ids[0]
         assert (stats.num_truncated, stats.num_dropped, stats.num_trained_tokens) == (0, 0, len(whole.labels) - 1)
 
@@ -93,7 +95,14 @@ def test_loss_on_the_completion_and_its_end(tokenizer):
 
 @pytest.mark.parametrize(
     ("prompt", "completion"),
-    [("Is it low? Answer: ", "yes"), ("ans", "wer"), ("The tide\n", "\nNew"), ("größ", "er"), ("a", "\n"), ("東", "京")],
+    [
+        ("Is it low? Answer: ", "yes"),
+        ("ans", "wer"),
+        ("The tide\n", "\nNew"),
+        ("größ", "er"),
+        ("a", "\n"),
+        ("東", "京"),
+    ],
 )
 def test_a_prompt_is_what_inference_sees_whatever_merges_across_its_end(tokenizer, prompt, completion):
     example = encode_one(pair(prompt, completion), tokenizer)
@@ -222,7 +231,9 @@ def test_chat_templates_that_cannot_be_trained_on(make_tokenizer, templates):
         encode([chat(CHAT)], make_tokenizer(None))
     with pytest.raises(ValueError, match=r"^f\.jsonl:3: the chat template cannot be trained on: with messages\[2\]"):
         encode([chat(CHAT)], make_tokenizer(templates.prompt_not_in_turn))
-    with pytest.raises(ValueError, match=r"^f\.jsonl:3: the chat template refuses messages\[:2\] \(roles must alternate"):
+    with pytest.raises(
+        ValueError, match=r"^f\.jsonl:3: the chat template refuses messages\[:2\] \(roles must alternate"
+    ):
         encode([chat(CHAT)], make_tokenizer(templates.alternating))
 
 
@@ -259,7 +270,9 @@ def test_what_has_nothing_left_to_train_on_is_dropped_and_counted(tokenizer):
     examples, stats = encode([long, pair("a", "b")], tokenizer, length)
     assert len(examples) == 1
     assert (stats.num_truncated, stats.num_dropped) == (0, 1)
-    with pytest.raises(ValueError, match=rf"none of the 1 records \(f.jsonl:7, .* raise --max-seq-len .* {length + 1} or"):
+    with pytest.raises(
+        ValueError, match=rf"none of the 1 records \(f.jsonl:7, .* raise --max-seq-len .* {length + 1} or"
+    ):
         encode([long], tokenizer, length)
     assert len(encode([long], tokenizer, length + 1)[0]) == 1
 

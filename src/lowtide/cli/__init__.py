@@ -1,8 +1,8 @@
 """The command ``lowtide``: one module for each sub-command, imported only when it is the one that was asked for.
 
 Such a module has ``add_arguments(parser)`` and ``run(args) -> int``, the exit code. Exit codes: 0 done, 1 failed while
-running, 2 wrong usage or bad input, 130 ended by Ctrl-C. An error is one line on standard error; with LOWTIDE_DEBUG=1 in
-the environment the traceback is shown as well.
+running, 2 wrong usage or bad input, 130 ended by Ctrl-C. An error is one line on standard error; with LOWTIDE_DEBUG=1
+in the environment the traceback is shown as well.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .arguments import Parser, UsageError, nearest, unknown_arguments
 COMMANDS = {
     "train": (
         "fine-tune every parameter of a model",
-        "Fine-tune every parameter of a language model. The update is fused into the backward pass: every weight changes\n"
-        "the moment its gradient is known, and the gradient is dropped, so neither gradients nor (with lomo and adalomo)\n"
-        "optimizer states fill the memory.",
+        "Fine-tune every parameter of a language model. The update is fused into the backward pass: every weight\n"
+        "changes the moment its gradient is known, and the gradient is dropped, so neither gradients nor (with lomo\n"
+        "and adalomo) optimizer states fill the memory.",
     ),
     "generate": (
         "let a model answer a prompt, or chat with it",
@@ -31,7 +31,8 @@ COMMANDS = {
     ),
     "demo": (
         "see it work: fine-tune a small real model in a few minutes",
-        "Fine-tune a small pretrained model, offline and without a GPU, and show what it learned and what memory it took.",
+        "Fine-tune a small pretrained model, offline and without a GPU, and show what it learned and what memory it\n"
+        "took.",
     ),
 }
 

@@ -1,8 +1,8 @@
 """Flags and a config file from one dataclass, under the same names, and errors that name the nearest valid one.
 
-A field ``max_seq_len`` is the flag ``--max-seq-len`` and the key ``max_seq_len`` (or ``max-seq-len``) of the file. A flag
-wins over the file, the file over the default. Values of both go through one function, ``convert``, so that both are
-checked alike and complain alike.
+A field ``max_seq_len`` is the flag ``--max-seq-len`` and the key ``max_seq_len`` (or ``max-seq-len``) of the file. A
+flag wins over the file, the file over the default. Values of both go through one function, ``convert``, so that both
+are checked alike and complain alike.
 """
 
 from __future__ import annotations

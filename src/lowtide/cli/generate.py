@@ -135,8 +135,8 @@ class Speaker:
             raise ValueError("the prompt is empty")
         if num_tokens > self.max_prompt_tokens:
             raise ValueError(
-                f"the prompt has {num_tokens} tokens; with --max-new-tokens {self.max_new_tokens} the model's context has "
-                f"room for {self.max_prompt_tokens}"
+                f"the prompt has {num_tokens} tokens; with --max-new-tokens {self.max_new_tokens} the model's context "
+                f"has room for {self.max_prompt_tokens}"
             )
         input_ids = input_ids.to(self.model.device)
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else _GREEDY

@@ -62,7 +62,8 @@ def describe_plan(config: TrainConfig, event: Event) -> str:
         (
             f"Fine-tuning all {format_count(event['num_parameters'])} parameters of {config.model} in {config.dtype} "
             f"on {event['device']}.",
-            f"{steps} steps ({epochs:.2g} epochs) of {config.batch_size} sequences, at most {tokens} tokens a step, {how}.",
+            f"{steps} steps ({epochs:.2g} epochs) of {config.batch_size} sequences, at most {tokens} tokens a step, "
+            f"{how}.",
             f"Data: {event['data_num_records']} records, {format_count(event['data_num_tokens'])} tokens"
             f"{_losses(event)}.",
             f"Optimizer: {config.optimizer}, learning rate up to {event['lr']:g}, {config.schedule} schedule.",

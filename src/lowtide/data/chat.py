@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from .records import Record
 from ..log import get_logger
+from .records import Record
 
 logger = get_logger(__name__)
 

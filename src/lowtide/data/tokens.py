@@ -171,7 +171,7 @@ def _encode_chats(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> 
 def _label_chat(
     tokenizer: PreTrainedTokenizerBase, chat: RenderedChat, ids: list[int], offsets: list[tuple[int, int]]
 ) -> Example:
-    cuts = [start for start, _ in chat.spans if any(low < start < high for low, high in offsets)]
+    cuts = [start for start, _ in chat.spans if _is_crossed(start, offsets)]
     if cuts:
         # A token reaches from the header into the answer (": " + "yes"): inference would not see it, so cut there.
         ids, offsets = _tokenize_cut(tokenizer, chat.text, cuts)
@@ -188,6 +188,17 @@ def _label_chat(
         if low >= start:
             labels[index] = ids[index]
     return Example(ids, labels)
+
+
+def _is_crossed(position: int, offsets: list[tuple[int, int]]) -> bool:
+    """Whether a token covers characters on both sides of a position."""
+    previous_high = 0
+    for low, high in offsets:
+        # Offsets with blanks trimmed off leave gaps, and a gap belongs to the token behind it.
+        if min(low, previous_high) < position < high:
+            return True
+        previous_high = max(high, previous_high)
+    return False
 
 
 def _tokenize_cut(

@@ -30,7 +30,7 @@ _NO_LIMIT = 2**31
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """A prompt, the possible continuations (with their leading blank, if they have one) and the index of the right one."""
+    """A prompt, its possible continuations (leading blanks included) and the index of the right one."""
 
     prompt: str
     choices: Sequence[str]
@@ -107,8 +107,8 @@ def choice_log_likelihoods(
         model: a Hugging Face causal language model, or any module that returns ``logits`` [B, S, V].
         tokenizer: its tokenizer.
         items: at least one; the ``gold`` of an item is not used.
-        normalize: ``"sum"`` adds the log-likelihoods of a choice's tokens up, ``"per_token"`` divides that by their number,
-            which is fairer to long choices.
+        normalize: ``"sum"`` adds the log-likelihoods of a choice's tokens up, ``"per_token"`` divides that by their
+            number, which is fairer to long choices.
         count_end: count the end-of-sequence token behind a choice as one of its tokens. Needed where a choice is the
             beginning of another ("no", "no idea").
 
@@ -199,7 +199,7 @@ def _score(model: nn.Module, piece: list[_Row], pad: int) -> Iterator[tuple[int,
 
 
 def _logits_from(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
-    """Logits [B, K, V] of the positions from ``first`` on; the others are not computed where the model can leave them."""
+    """Logits [B, K, V] of the positions from ``first`` on; no others are computed where the model allows that."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         kept: Tensor = model(**inputs, logits_to_keep=input_ids.shape[1] - first).logits

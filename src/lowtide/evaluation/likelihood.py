@@ -2,7 +2,8 @@
 
 The mean is over the tokens of all batches together, so it depends neither on the batch size nor on how sequences of
 different length fall into batches. Shape letters: B sequences in a batch, S tokens in a sequence, V entries in the
-vocabulary.
+vocabulary. Logits [B, S, V] of a whole batch never exist in float32: where the model's head is understood the loss is
+computed in slices of the vocabulary, as in training; elsewhere a few sequences go through the model at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-# Logits in the model's own dtype exist for about this many tokens at a time, float32 copies of them for fewer.
+from ..models.loss import ChunkedLoss
+
+IGNORED = -100
+# Where the model makes its own logits, they exist for about this many tokens at a time, float32 copies for fewer.
 _PIECE_TOKENS = 1024
 _FLOAT32_TOKENS = 256
 
@@ -48,40 +52,53 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> 
         ValueError: no token is counted in all the batches.
     """
     device = next(model.parameters()).device
+    chunked = ChunkedLoss.of(model)
     was_training = model.training
     total, num_tokens = 0.0, 0
     model.eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                for piece in _pieces(batch):
-                    loss, count = _summed_loss(model, {name: value.to(device) for name, value in piece.items()})
-                    total += loss
+                count = int((batch["labels"][:, 1:] != IGNORED).sum())
+                if count:
+                    on_device = {name: value.to(device) for name, value in batch.items()}
+                    total += _chunked_sum(chunked, on_device) if chunked else _plain_sum(model, on_device)
                     num_tokens += count
     finally:
         model.train(was_training)
     if num_tokens == 0:
         raise ValueError("nothing to evaluate: the held-out data has no token that the loss counts")
     mean = total / num_tokens
-    return LossResult(mean, math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan, num_tokens)
+    return LossResult(mean, _exp(mean), num_tokens)
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _chunked_sum(loss: ChunkedLoss, batch: dict[str, Tensor]) -> float:
+    # transformers divides the sum of the losses by this number of items; 1 leaves the sum
+    return float(loss(num_items_in_batch=1, **batch).loss)
+
+
+def _plain_sum(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    # Packed documents are told apart by position_ids only where transformers keeps no cache.
+    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    total = 0.0
+    for piece in _pieces(batch):
+        labels = piece.pop("labels")[:, 1:].flatten()
+        logits = model(**piece, **options).logits[:, :-1].flatten(0, 1)
+        for part, targets in zip(logits.split(_FLOAT32_TOKENS), labels.split(_FLOAT32_TOKENS), strict=True):
+            total += float(nn.functional.cross_entropy(part.float(), targets, ignore_index=IGNORED, reduction="sum"))
+    return total
 
 
 def _pieces(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The batch in pieces of whole sequences, of about ``_PIECE_TOKENS`` tokens, so that the logits stay small."""
+    """The batch in pieces of whole sequences, of about ``_PIECE_TOKENS`` tokens."""
     num_rows, seq_len = batch["labels"].shape
     rows = max(1, _PIECE_TOKENS // seq_len)
     for start in range(0, num_rows, rows):
         yield {name: value[start : start + rows] for name, value in batch.items()}
-
-
-def _summed_loss(model: nn.Module, piece: dict[str, Tensor]) -> tuple[float, int]:
-    """Sum of the negative log-likelihoods and the number of counted tokens of one piece."""
-    labels = piece.pop("labels")[:, 1:].flatten()
-    counted = labels != -100
-    if not counted.any():
-        return 0.0, 0
-    logits = model(**piece).logits[:, :-1].flatten(0, 1)
-    total = torch.zeros((), dtype=torch.float64, device="cpu")
-    for part, targets in zip(logits.split(_FLOAT32_TOKENS), labels.split(_FLOAT32_TOKENS), strict=True):
-        total += nn.functional.cross_entropy(part.float(), targets, ignore_index=-100, reduction="sum").double().cpu()
-    return total.item(), int(counted.sum())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..units import GIB, format_bytes
+from ..units import GIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,14 +113,16 @@ def _draw_memory(axes: Axes, memory: Sequence[MemoryBar]) -> None:
         axes.text(
             peak + largest * 0.02,
             position,
-            format_bytes(bar.peak_bytes),
+            f"{peak:.2f} GiB",
             va="center",
             fontsize=10.5,
             fontweight="bold" if bar.ours else "normal",
             color=_OURS if bar.ours else _INK,
         )
     first = memory[0].library_bytes / GIB
-    axes.text(first / 2, positions[0] + 0.36, "Python,\nlibraries", ha="center", va="bottom", fontsize=7.5, color=_FAINT)
+    axes.text(
+        first / 2, positions[0] + 0.36, "Python,\nlibraries", ha="center", va="bottom", fontsize=7.5, color=_FAINT
+    )
     axes.set_yticks(positions, [bar.label for bar in memory], fontsize=10)
     axes.set_title("Peak memory, measured", loc="left", fontsize=11, fontweight="bold", color=_INK, pad=10)
     axes.set_xlabel("largest resident set of the process (GiB)")

@@ -16,7 +16,7 @@ ROUNDINGS = ("nearest", "stochastic")
 DTYPES = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 
 # The same rates serve float32 and 16-bit weights, because 16-bit weights are rounded stochastically: an update that is
-# smaller than the spacing of the numbers still counts on average. With rounding="nearest" it would be lost, at any rate.
+# smaller than the spacing of the numbers still counts on average. With rounding="nearest" it would be lost.
 DEFAULT_LR = {"adalomo": 5e-4, "lomo": 5e-2, "adamw": 2e-5, "sgd": 5e-2}
 
 MODEL_AND_DATA = "model and data"
@@ -35,8 +35,7 @@ def _option(group: str, text: str, choices: Sequence[str] = (), **default: Any) 
 class TrainConfig:
     """What to train, on what, how and where to. Names are the same here, in a config file and (with dashes) as flags.
 
-    The description of every field is in its declaration below; ``validate`` says what is refused. ``None`` means "choose
-    for me" unless a field says otherwise.
+    The description of every field is in its declaration below; ``validate`` says what is refused.
     """
 
     model: str = _option(
@@ -44,8 +43,8 @@ class TrainConfig:
     )
     data: Sequence[str] = _option(
         MODEL_AND_DATA,
-        "training data, one or more files: plain text, or JSONL with `text`, `messages` (the loss counts on the assistant's "
-        "turns only) or `prompt` and `completion` (on the completion only)",
+        "training data, one or more files or directories: plain text (.txt, .md), or JSONL with `text`, `messages` "
+        "(only the assistant's turns are learnt) or `prompt` and `completion` (only the completion is)",
     )
     eval_data: Sequence[str] | None = _option(
         MODEL_AND_DATA,
@@ -73,7 +72,8 @@ class TrainConfig:
 
     optimizer: str = _option(
         OPTIMISATION,
-        "adalomo and lomo keep next to no state; adamw and sgd are torch's own, run parameter by parameter in the backward",
+        "adalomo and lomo keep next to no state; adamw and sgd are torch's own, run parameter by parameter in the "
+        "backward pass",
         OPTIMIZERS,
         default="adalomo",
     )
@@ -87,7 +87,8 @@ class TrainConfig:
     )
     epochs: int | None = _option(
         OPTIMISATION,
-        "passes over the data; with max_steps too, training ends at whichever comes first; default: 1 without max_steps",
+        "passes over the data; with max_steps too, training ends at whichever comes first (default: 1, or as many as "
+        "max_steps needs)",
         default=None,
     )
     max_steps: int | None = _option(
@@ -164,7 +165,7 @@ class TrainConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that YAML and JSON can hold, by field name; ``TrainConfig(**config.to_dict())`` is the same again."""
+        """Plain values, as YAML and JSON can hold them; ``TrainConfig(**config.to_dict())`` is the same again."""
         values = dataclasses.asdict(self)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 

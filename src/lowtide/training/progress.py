@@ -102,7 +102,7 @@ class ConsoleProgress:
         )
 
     def _seconds_left(self, event: Event) -> float:
-        """From the time of a step so far; the first step, which warms up caches, does not count once there are others."""
+        """From the mean time of a step so far, without the first, which warms up caches, once there are others."""
         if self._first_time is None:
             return (self._num_steps - event["step"]) * event["num_tokens"] / max(event["tokens_per_s"], 1e-9)
         per_step = (event["time"] - self._first_time) / max(1, event["step"] - 1)

@@ -1,8 +1,8 @@
 """Learning-rate schedules as pure functions ``step -> factor``, for ``torch.optim.lr_scheduler.LambdaLR``.
 
 Steps count from 0. With w warm-up steps of T in all the factor is (k + 1) / (w + 1) while k < w, so that no step is
-wasted on a rate of 0, and 1 at k = w. From there x = (k - w) / (T - w) runs from 0 towards 1, reaching it only at k = T,
-the step that is not taken: 1 - x (linear), (1 + cos(pi x)) / 2 (cosine, arXiv 1608.03983 without restarts) or 1.
+wasted on a rate of 0, and 1 at k = w. From there x = (k - w) / (T - w) runs from 0 towards 1, which it would reach at
+k = T, a step that is not taken: 1 - x (linear), (1 + cos(pi x)) / 2 (cosine, arXiv 1608.03983 without restarts) or 1.
 """
 
 from __future__ import annotations

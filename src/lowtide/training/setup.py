@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..data import Batches, Record, TokenStats, encode_records, read_records, split_held_out
+from ..data import Batches, Example, Record, TokenStats, encode_records, read_records, split_held_out
 from ..optim import AdaLomo, Lomo, PerParameter
 from .config import TrainConfig
 
@@ -25,7 +25,7 @@ class TrainData:
     Attributes:
         train: batches of the training sequences.
         held_out: batches of the held-out sequences, always in the same order; None when nothing is evaluated.
-        stats: counts of the training data: records, tokens, tokens that the loss counts, truncated, dropped.
+        stats: counts of the training data, with the passages that were held out of it, if any.
     """
 
     train: Batches
@@ -69,23 +69,31 @@ def resolve_device(name: str) -> str:
 
 
 def read_data(config: TrainConfig) -> tuple[list[Record], list[Record]]:
-    """The training and the held-out records, the latter empty when nothing is to be evaluated.
+    """The training records and the held-out ones.
+
+    The latter are empty when nothing is to be evaluated, and when the data is a few long texts, of which ``encode_data``
+    then holds out passages instead of whole texts.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, malformed or empty, or too small to hold a part of it out.
+        FileNotFoundError, ValueError: a file is missing, malformed or empty, or there are too few records to hold out.
     """
     records = read_records(config.data)
     if config.eval_data is not None:
         return records, read_records(config.eval_data)
-    if config.eval_fraction == 0:
+    if config.eval_fraction == 0 or _holds_out_passages(config, records):
         return records, []
+    if len(records) < 2:
+        raise ValueError(
+            f"{records[0].source} has a single record, so none can be held out: add data, give eval_data, or set "
+            "eval_fraction to 0"
+        )
     return split_held_out(records, config.eval_fraction, config.seed)
 
 
 def encode_data(
     config: TrainConfig, records: Sequence[Record], held_out: Sequence[Record], tokenizer: PreTrainedTokenizerBase
 ) -> TrainData:
-    """Tokenize the records and cut them into batches.
+    """Tokenize what ``read_data`` returned and cut it into batches.
 
     Raises:
         ValueError: nothing is left to train on or to evaluate, or the tokenizer cannot express the records.
@@ -93,35 +101,40 @@ def encode_data(
     packing = config.packing
     if packing is None:
         packing = all(record.text is not None for record in records)
-    pad_token_id = next(
-        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None),
-        0,  # padding is masked and never counted, so any token will do
-    )
+    known_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
 
-    def batches(part: Sequence[Record], name: str, batch_size: int, shuffle: bool) -> tuple[Batches, TokenStats]:
-        examples, stats = encode_records(part, tokenizer, config.max_seq_len)
-        if not any(label != -100 for example in examples for label in example.labels[1:]):
-            raise ValueError(
-                f"{name}: none of its {stats.num_records} records has a token to learn within max_seq_len "
-                f"{config.max_seq_len}; raise max_seq_len or check the data"
-            )
-        made = Batches(
+    def batches(examples: Sequence[Example], batch_size: int, shuffle: bool) -> Batches:
+        return Batches(
             examples,
             batch_size=batch_size,
             max_seq_len=config.max_seq_len,
-            pad_token_id=pad_token_id,
+            # padding is masked and never counted, so any token will do
+            pad_token_id=next((token for token in known_ids if token is not None), 0),
             packing=packing,
             seed=config.seed,
             shuffle=shuffle,
         )
-        return made, stats
 
-    train, stats = batches(records, ", ".join(map(str, config.data)), config.batch_size, shuffle=True)
-    if not held_out:
+    examples, stats = encode_records(records, tokenizer, config.max_seq_len)
+    held_out_examples: list[Example] = []
+    if held_out:
+        held_out_examples, _ = encode_records(held_out, tokenizer, config.max_seq_len)
+    elif config.eval_data is None and config.eval_fraction > 0:
+        if len(examples) < 2:
+            raise ValueError(
+                f"{records[0].source} is too short to hold a part of it out: add data, give eval_data, set eval_fraction "
+                "to 0 or lower max_seq_len"
+            )
+        examples, held_out_examples = split_held_out(examples, config.eval_fraction, config.seed)
+    train = batches(examples, config.batch_size, shuffle=True)
+    if not held_out_examples:
         return TrainData(train, None, stats)
-    eval_name = ", ".join(map(str, config.eval_data)) if config.eval_data else "the held-out part of the data"
-    eval_batches, _ = batches(held_out, eval_name, config.micro_batch_size or config.batch_size, shuffle=False)
-    return TrainData(train, eval_batches, stats)
+    return TrainData(train, batches(held_out_examples, config.micro_batch_size or config.batch_size, False), stats)
+
+
+def _holds_out_passages(config: TrainConfig, records: Sequence[Record]) -> bool:
+    """Texts too few for the wanted share of them: one whole book of three would be far more than 5 %."""
+    return len(records) * config.eval_fraction < 1 and all(record.text is not None for record in records)
 
 
 def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:
