@@ -40,10 +40,32 @@ class Parser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
 
+# What other trainers call a setting; not accepted, but understood.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "steps": "max_steps",
+    "max_length": "max_seq_len",
+    "model_name_or_path": "model",
+    "model_path": "model",
+    "train_data": "data",
+    "dataset": "data",
+    "output_dir": "output",
+    "lr_scheduler_type": "schedule",
+    "optim": "optimizer",
+    "per_device_train_batch_size": "batch_size",
+    "max_grad_norm": "clip_grad_norm",
+    "gradient_accumulation_steps": "micro_batch_size",
+}
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """ " (did you mean --lr?)", or nothing where no valid word is near."""
-    found = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]}?)" if found else ""
+    """``" (did you mean --lr?)"``, or nothing where no valid word is near. Flags and names alike."""
+    written = {name.strip("-").replace("-", "_"): name for name in valid}
+    meant = {**{other: written[name] for other, name in _ELSEWHERE.items() if name in written}, **written}
+    found = difflib.get_close_matches(word.strip("-").replace("-", "_"), meant, n=1)
+    return f" (did you mean {meant[found[0]]}?)" if found else ""
 
 
 def unknown_arguments(parser: Parser, extra: Sequence[str]) -> UsageError:
@@ -178,7 +200,7 @@ def _add_flag(group: argparse._ArgumentGroup, cls: type, field: dataclasses.Fiel
             raise argparse.ArgumentTypeError(str(error)) from None
 
     choices = field.metadata.get("choices", ())
-    metavar = "{" + ",".join(choices) + "}" if choices else _METAVAR[kind] if not many else "FILE"
+    metavar = field.metadata.get("metavar") or ("{" + ",".join(choices) + "}" if choices else _METAVAR[kind])
     group.add_argument(flag_of(field.name), type=from_text, metavar=metavar, nargs="+" if many else None, **options)
 
 
@@ -186,8 +208,10 @@ _METAVAR: dict[type, str] = {int: "N", float: "X", str: "NAME"}
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
-    text = str(field.metadata.get("help", ""))
-    if not _has_default(field):
+    text, _, unset = str(field.metadata.get("help", "")).partition("; default: ")
+    if unset:
+        text += f" (default: {unset})"
+    elif not _has_default(field):
         text += " (required)"
     elif field.default is not None:
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default

@@ -57,7 +57,7 @@ def save_outcome(outcome: Outcome) -> None:
         outcome.directory / "result.png",
         title=_finding(outcome),
         subtitle=f"All {format_count(outcome.num_parameters)} parameters of {outcome.model} in {outcome.config.dtype}, "
-        f"AdaLomo fused into the backward, {outcome.trained['num_steps']} steps of {outcome.config.batch_size}",
+        f"fused backward with AdaLomo, {outcome.trained['num_steps']} steps of {outcome.config.batch_size} sequences",
         losses=[float("nan") if loss is None else loss for loss in losses],
         memory=_bars(outcome),
         note=_how_measured(outcome),

@@ -18,8 +18,8 @@ class _StandardError(logging.Handler):
 def quiet_libraries() -> None:
     """Silence warnings and progress bars of transformers and its kin, unless LOWTIDE_DEBUG is set.
 
-    Call it before they are first used. What is wrong reaches the user as an error of ours. Warnings of lowtide itself go
-    to standard error, a line each.
+    Call it before they are first used. What is wrong reaches the user as an error of ours. Warnings of lowtide itself
+    go to standard error, a line each.
     """
     ours = logging.getLogger("lowtide")
     if not any(isinstance(handler, _StandardError) for handler in ours.handlers):

@@ -31,6 +31,7 @@ What a run used is in OUTPUT/config.yaml, which --config takes again. Paths are 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags: one for each field of ``TrainConfig``, and ``--config``."""
     add_dataclass_arguments(parser, TrainConfig, GROUPS)
+    parser.usage = "%(prog)s --model NAME --data FILE [FILE ...] --output DIR [--config FILE] [settings]"
     parser.epilog = _EPILOG
 
 
@@ -79,7 +80,7 @@ def describe_result(result: TrainResult) -> str:
     else:
         lines.append(f"Done: {result.num_steps} steps in {format_duration(result.wall_s)}.")
     if result.num_skipped:
-        lines.append(f"{result.num_skipped} steps were skipped, because their loss was not finite.")
+        lines.append(f"{result.num_skipped} steps updated nothing, because their loss or gradient was not finite.")
     before, after = result.loss_before, result.loss_after
     if before is not None and after is not None:
         lines.append(

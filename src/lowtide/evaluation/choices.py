@@ -137,6 +137,9 @@ def choice_log_likelihoods(
 
 def _rows(items: Sequence[ChoiceItem], tokenizer: PreTrainedTokenizerBase, count_end: bool) -> list[_Row]:
     """Rows of tokens, each once: choices of one token each share the row that is their prompt."""
+    for index, item in enumerate(items):
+        if not item.prompt:
+            raise ValueError(f"item {index}: the prompt is empty, so nothing predicts the first token of a choice")
     records = [
         Record(f"item {index}", number, prompt=item.prompt, completion=choice)
         for index, item in enumerate(items)
@@ -149,8 +152,6 @@ def _rows(items: Sequence[ChoiceItem], tokenizer: PreTrainedTokenizerBase, count
         answer = example.input_ids[num_prompt:]
         if not count_end and len(answer) > 1:
             answer = answer[:-1]
-        if num_prompt == 0:
-            raise ValueError(f"{records[choice].source}: the prompt is empty, so nothing predicts the first token")
         # What the last token is need not go in: nothing is predicted after it.
         row_ids = example.input_ids[: num_prompt + len(answer) - 1]
         row = rows.setdefault(tuple(row_ids), _Row(row_ids, []))

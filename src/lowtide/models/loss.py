@@ -74,7 +74,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        softcap: float | None,
     ) -> Tensor:
         highest = torch.full((hidden.shape[0],), -torch.inf, dtype=torch.float32, device=hidden.device)
         total = torch.zeros_like(highest)
@@ -104,7 +110,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for vocab, tokens in _slices(hidden.shape[0], weight.shape[0]):
             part_bias = None if bias is None else bias[vocab]
             logits = _logits(hidden[tokens], weight[vocab], part_bias, ctx.scale, ctx.softcap)
-            grad = _grad_logits(logits, labels[tokens], log_sum_exp[tokens], vocab, grad_output * ctx.scale, ctx.softcap)
+            grad = _grad_logits(
+                logits, labels[tokens], log_sum_exp[tokens], vocab, grad_output * ctx.scale, ctx.softcap
+            )
             if grad_bias is not None:
                 grad_bias[vocab] += grad.sum(dim=0)
             grad = grad.to(hidden.dtype)

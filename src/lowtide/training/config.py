@@ -26,9 +26,10 @@ OUTPUT = "output"
 GROUPS = (MODEL_AND_DATA, OPTIMISATION, MEMORY, OUTPUT)
 
 
-def _option(group: str, text: str, choices: Sequence[str] = (), **default: Any) -> Any:
-    """A field with what ``--help`` says about it: its group, its description and the values it may have."""
-    return dataclasses.field(metadata={"group": group, "help": text, "choices": tuple(choices)}, **default)
+def _option(group: str, text: str, choices: Sequence[str] = (), metavar: str | None = None, **default: Any) -> Any:
+    """A field with what ``--help`` says about it: group, description, the values it may have, what stands for one."""
+    metadata = {"group": group, "help": text, "choices": tuple(choices), "metavar": metavar}
+    return dataclasses.field(metadata=metadata, **default)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,10 +46,12 @@ class TrainConfig:
         MODEL_AND_DATA,
         "training data, one or more files or directories: plain text (.txt, .md), or JSONL with `text`, `messages` "
         "(only the assistant's turns are learnt) or `prompt` and `completion` (only the completion is)",
+        metavar="FILE",
     )
     eval_data: Sequence[str] | None = _option(
         MODEL_AND_DATA,
         "held-out data in the same formats; without it a part of the training data is held out",
+        metavar="FILE",
         default=None,
     )
     eval_fraction: float = _option(
@@ -87,8 +90,8 @@ class TrainConfig:
     )
     epochs: int | None = _option(
         OPTIMISATION,
-        "passes over the data; with max_steps too, training ends at whichever comes first (default: 1, or as many as "
-        "max_steps needs)",
+        "passes over the data; with max_steps too, training ends at whichever comes first; default: 1, or as many as "
+        "max_steps needs",
         default=None,
     )
     max_steps: int | None = _option(
@@ -121,7 +124,7 @@ class TrainConfig:
     dtype: str = _option(MEMORY, "number format of the weights and of the computation", DTYPES[:3], default="bfloat16")
     rounding: str | None = _option(
         MEMORY,
-        "of updated 16-bit weights; default: stochastic (small updates count on average)",
+        "of updated 16-bit weights; default: stochastic, so that small updates count on average",
         ROUNDINGS,
         default=None,
     )
@@ -131,6 +134,7 @@ class TrainConfig:
     output: str = _option(
         OUTPUT,
         "a new or empty directory: the model is saved in its subdirectory model/, beside metrics.jsonl and config.yaml",
+        metavar="DIR",
     )
     eval_every: int | None = _option(
         OUTPUT,

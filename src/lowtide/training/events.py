@@ -2,9 +2,9 @@
 
 Every event has ``event``, ``step`` (steps taken so far) and ``time`` (seconds since the run began). The kinds:
 
-    config  config (all fields), num_parameters, num_steps, steps_per_epoch, sequence counts and tokens, num_records
+    config  config (all fields), num_parameters, num_steps, steps_per_epoch, lr, device, data_* (counts of the data)
     train   loss (of the batch, before its update), lr, grad_norm (None where unknown), num_tokens, tokens_per_s,
-            memory_bytes, epoch, skipped (True: the loss was not finite and nothing was updated)
+            memory_bytes, epoch, skipped (True: loss or gradient was not finite and nothing was updated)
     eval    loss, perplexity, num_tokens, memory_bytes
     end     loss_before, loss_after, peak_memory_bytes, num_skipped, interrupted, wall_s
 """

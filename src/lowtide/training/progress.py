@@ -68,8 +68,6 @@ class ConsoleProgress:
     def _show_step(self, event: Event) -> None:
         rate = event["tokens_per_s"]
         self._tokens_per_s += (rate - self._tokens_per_s) * (_NEWEST if self._tokens_per_s else 1)
-        if event["skipped"]:
-            self._say(f"step {event['step']}: the loss is {event['loss']}, so this step was skipped")
         if self.console.is_terminal:
             self._advance(event)
         elif event["step"] % self.log_every == 0 or event["step"] == self._num_steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,16 +31,17 @@ class Reporter:
     """Counts steps and tells the listeners, in their order.
 
     Attributes:
+        listeners: called with every event, in this order.
         num_steps: steps taken, skipped ones included.
-        num_skipped: steps whose loss was not finite.
+        num_skipped: steps that updated nothing.
         num_skipped_in_a_row: those since the last step that updated.
     """
 
-    def __init__(self, listeners: Sequence[Listener], device: str) -> None:
+    def __init__(self, device: str) -> None:
+        self.listeners: list[Listener] = []
         self.num_steps = 0
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
-        self._listeners = listeners
         self._device = device
         self._start = self._last = time.perf_counter()
 
@@ -87,5 +88,5 @@ class Reporter:
 
     def _tell(self, kind: str, **facts: Any) -> None:
         event = {"event": kind, "step": self.num_steps, "time": self.seconds(), **facts}
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener(event)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ import torch
 
 from ..data import Batches, Example, Record, TokenStats, encode_records, read_records, split_held_out
 from ..optim import AdaLomo, Lomo, PerParameter
+from ..units import format_bytes
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -53,6 +56,40 @@ def check_output(output: str | Path) -> Path:
     return path
 
 
+def check_disk(output: Path, model: torch.nn.Module) -> None:
+    """Refuse to train for hours towards a model that cannot be saved.
+
+    Raises:
+        OSError: the disk of the output directory has less room than the weights take.
+    """
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    needed = sum(param.numel() * param.element_size() for param in model.parameters())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            f"the trained model takes {format_bytes(needed)}, but the disk of the output directory {output} has "
+            f"{format_bytes(free)} left: free some or choose another output"
+        )
+
+
+@contextmanager
+def without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """Switch off the model's cache of keys and values for as long as this is entered.
+
+    Training has no use for it, and with one transformers (5.23) ignores the restarting position_ids of packed
+    documents, which would then attend to each other.
+    """
+    config = getattr(model, "config", None)
+    kept = getattr(config, "use_cache", None)
+    if kept is not None:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if kept is not None:
+            config.use_cache = kept  # type: ignore[union-attr]
+
+
 def resolve_device(name: str) -> str:
     """The torch device that "auto", "cpu", "cuda" or "cuda:N" stands for on this machine.
 
@@ -71,8 +108,8 @@ def resolve_device(name: str) -> str:
 def read_data(config: TrainConfig) -> tuple[list[Record], list[Record]]:
     """The training records and the held-out ones.
 
-    The latter are empty when nothing is to be evaluated, and when the data is a few long texts, of which ``encode_data``
-    then holds out passages instead of whole texts.
+    The latter are empty when nothing is to be evaluated, and when the data is a few long texts, of which
+    ``encode_data`` then holds out passages instead of whole texts.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, malformed or empty, or there are too few records to hold out.
@@ -122,8 +159,8 @@ def encode_data(
     elif config.eval_data is None and config.eval_fraction > 0:
         if len(examples) < 2:
             raise ValueError(
-                f"{records[0].source} is too short to hold a part of it out: add data, give eval_data, set eval_fraction "
-                "to 0 or lower max_seq_len"
+                f"{records[0].source} is too short to hold a part of it out: add data, give eval_data, set "
+                "eval_fraction to 0 or lower max_seq_len"
             )
         examples, held_out_examples = split_held_out(examples, config.eval_fraction, config.seed)
     train = batches(examples, config.batch_size, shuffle=True)

@@ -1,7 +1,7 @@
 """The training run. ``_run_steps`` is the whole algorithm (LOMO, arXiv 2306.09782); the rest prepares and reports.
 
-Order of things: settings, output directory, data, model. So nothing that takes long is loaded before what can be refused
-at once has been checked, and the output directory is made only when training can begin. In it:
+Order of things: settings, output directory, data, model. So what can be refused at once is refused before anything
+that takes long is loaded, and the output directory is made only when training can begin. In it:
 
     config.yaml    the settings, all of them; ``lowtide train --config`` takes it again
     metrics.jsonl  one event a line (see ``events.py``)
@@ -32,10 +32,20 @@ from .interrupt import StopAfterStep
 from .progress import ConsoleProgress
 from .report import Reporter, peak_memory_bytes
 from .schedule import make_schedule
-from .setup import TrainData, check_output, count_steps, encode_data, make_optimizer, read_data, resolve_device
+from .setup import (
+    TrainData,
+    check_disk,
+    check_output,
+    count_steps,
+    encode_data,
+    make_optimizer,
+    read_data,
+    resolve_device,
+    without_cache,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..fused import Engine
 
@@ -49,7 +59,7 @@ class TrainResult:
 
     Attributes:
         num_steps: steps taken, skipped ones included.
-        num_skipped: steps whose loss was not finite, and which therefore updated nothing.
+        num_skipped: steps that updated nothing, because their loss or gradient norm was not finite.
         loss_before: held-out score before the first step; None when nothing is evaluated.
         loss_after: held-out score after the last step; None when nothing is evaluated or the run was interrupted.
         peak_memory_bytes: largest resident set of the process so far, or most CUDA memory allocated in the run.
@@ -73,8 +83,8 @@ class TrainResult:
 def train(config: TrainConfig, *, on_event: Listener | None = None, show_progress: bool = True) -> TrainResult:
     """Fine-tune all parameters of a model as ``config`` says and save it to ``config.output``.
 
-    Same settings, same machine, same number of threads: the same losses and weights bit for bit on the CPU. Sets torch's
-    global random seed, and its number of threads if ``config.threads`` is given.
+    Same settings, same machine, same number of threads: the same losses and weights bit for bit on the CPU. Sets
+    torch's global random seed, and its number of threads if ``config.threads`` is given.
 
     Args:
         config: the settings.
@@ -90,60 +100,86 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
     """
     config.validate()
     output = check_output(config.output)
-    device = resolve_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    records, held_out = read_data(config)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    data = encode_data(config, records, held_out, tokenizer)
-    model = load_model(
-        config.model,
-        dtype=parse_dtype(config.dtype),
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    run = _prepare(config, output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     with ExitStack() as stack:
-        listeners: list[Listener] = [stack.enter_context(EventLog(output / "metrics.jsonl"))]
+        listeners = run.report.listeners
+        listeners.append(stack.enter_context(EventLog(output / "metrics.jsonl")))
         if on_event is not None:
             listeners.append(on_event)
         if show_progress:
             listeners.append(stack.enter_context(ConsoleProgress(log_every=config.log_every)))
-        stop = stack.enter_context(StopAfterStep())
-        run = _Run(config, model, data, device, Reporter(listeners, device), stop)
-        loss_before, loss_after = _run(run)
-        save_model(model, tokenizer, output / "model")
+        stack.enter_context(run.stop)
+        loss_before, loss_after = _evaluate_train_evaluate(run)
+        save_model(run.model, run.tokenizer, output / "model")
         result = TrainResult(
             num_steps=run.report.num_steps,
             num_skipped=run.report.num_skipped,
             loss_before=loss_before,
             loss_after=loss_after,
-            peak_memory_bytes=peak_memory_bytes(device),
+            peak_memory_bytes=peak_memory_bytes(run.device),
             output=output,
             model_dir=output / "model",
             wall_s=run.report.seconds(),
-            interrupted=stop.requested,
+            interrupted=run.stop.requested,
         )
         run.report.end(result)
     return result
 
 
-@dataclasses.dataclass(frozen=True)
+def _prepare(config: TrainConfig, output: Path) -> _Run:
+    """Everything that can be refused, in order of its cost; nothing is written yet."""
+    device = resolve_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    records, held_out = read_data(config)
+    tokenizer = load_tokenizer(config.model)
+    data = encode_data(config, records, held_out, tokenizer)
+    dtype, trusted = parse_dtype(config.dtype), config.trust_remote_code
+    model = load_model(config.model, dtype=dtype, device=device, trust_remote_code=trusted)
+    check_disk(output, model)
+    torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
+    optimizer = make_optimizer(config, model.train())
+    engine = fuse(
+        model,
+        optimizer,
+        micro_batch_size=config.micro_batch_size,
+        clip_grad_norm=config.clip_grad_norm,
+        clip_grad_value=config.clip_grad_value,
+    )
+    num_steps = count_steps(config, len(data.train))
+    schedule = make_schedule(config.schedule, num_steps, config.warmup_ratio)
+    return _Run(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        device=device,
+        optimizer=optimizer,
+        engine=engine,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+        num_steps=num_steps,
+        report=Reporter(device),
+        stop=StopAfterStep(),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
     """What the loop works with, once all of it is there."""
 
     config: TrainConfig
     model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     data: TrainData
     device: str
+    optimizer: Optimizer
+    engine: Engine
+    scheduler: LRScheduler
+    num_steps: int
     report: Reporter
     stop: StopAfterStep
-
-    @property
-    def num_steps(self) -> int:
-        """Steps that the whole run will take."""
-        return count_steps(self.config, len(self.data.train))
 
     def batches(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(epoch, batch on the device) of every step, epoch after epoch."""
@@ -165,41 +201,30 @@ class _Run:
         return result
 
 
-def _run(run: _Run) -> tuple[LossResult | None, LossResult | None]:
-    """Evaluate, train, evaluate. Returns both scores, the second None if the run was interrupted."""
-    config = run.config
-    torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
-    run.model.train()
-    optimizer = make_optimizer(config, run.model)
-    engine = fuse(
-        run.model,
-        optimizer,
-        micro_batch_size=config.micro_batch_size,
-        clip_grad_norm=config.clip_grad_norm,
-        clip_grad_value=config.clip_grad_value,
-    )
-    try:
-        run.report.config(**_facts(run))
-        before = run.evaluate()
-        schedule = make_schedule(config.schedule, run.num_steps, config.warmup_ratio)
-        _run_steps(run, engine, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
-    finally:
-        engine.remove()
-    return before, None if run.stop.requested else run.evaluate()
+def _evaluate_train_evaluate(run: _Run) -> tuple[LossResult | None, LossResult | None]:
+    """Both scores; the second is None if the run was interrupted. The model is an ordinary one again afterwards."""
+    run.report.config(**_facts(run))
+    with without_cache(run.model):
+        try:
+            before = run.evaluate()
+            _run_steps(run)
+        finally:
+            run.engine.remove()
+        return before, None if run.stop.requested else run.evaluate()
 
 
-def _run_steps(run: _Run, engine: Engine, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+def _run_steps(run: _Run) -> None:
     """The training loop."""
-    report = run.report
+    model, engine, optimizer, scheduler, report = run.model, run.engine, run.optimizer, run.scheduler, run.report
     for epoch, batch in run.batches():
         lr = scheduler.get_last_lr()[0]
-        loss = run.model(**batch).loss
+        loss = model(**batch).loss
         engine.backward(loss)  # every parameter is updated as its gradient completes
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        skipped = engine.step_skipped
-        report.step(batch, loss.item(), lr=lr, grad_norm=engine.grad_norm, epoch=epoch, skipped=skipped)
+        skipped, grad_norm = engine.step_skipped, engine.grad_norm
+        report.step(batch, loss.item(), lr=lr, grad_norm=grad_norm, epoch=epoch, skipped=skipped)
         if report.num_skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(_broken(run))
         if run.stop.requested:
@@ -224,7 +249,7 @@ def _facts(run: _Run) -> dict[str, Any]:
 
 def _broken(run: _Run) -> str:
     return (
-        f"the loss was not finite in {_MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {run.report.num_steps}; training "
-        f"stopped and no model was saved. Try a lower lr than {run.config.effective_lr:g}, clip_grad_norm 1, or dtype "
-        "bfloat16 instead of float16"
+        f"the loss or the gradient was not finite in {_MAX_SKIPPED_IN_A_ROW} steps in a row, up to step "
+        f"{run.report.num_steps}; training stopped and no model was saved. Try a lower lr than "
+        f"{run.config.effective_lr:g}, or clip_grad_norm 1"
     )

@@ -1,0 +1,151 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lowtide.evaluation import ChoiceItem, choice_accuracy, choice_log_likelihoods
+from lowtide.evaluation import choices as choices_module
+
+ITEMS = [
+    ChoiceItem("Is the tide low?", [" yes", " no", " no idea at all"], 0),
+    ChoiceItem("Where is the boat that we came with yesterday?", [" on the sand", " sea"], 1),
+    ChoiceItem("2 + 2 =", [" 4", " 5", " 22"], 0),
+    ChoiceItem("a", ["b"], 0),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the tide is low yes no no yes"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.5,  # so that the choices differ widely
+    )
+    return LlamaForCausalLM(config)
+
+
+def one_by_one(model, tokenizer, item, choice, normalize, count_end):
+    """The plain definition: one sequence, all logits, one token after the other."""
+    prompt, answer = tokenizer(item.prompt).input_ids, tokenizer(choice).input_ids
+    answer = answer + [tokenizer.eos_token_id] * count_end
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0].double()
+    total = 0.0
+    for index, token in enumerate(answer):
+        total += torch.log_softmax(logits[len(prompt) + index - 1], -1)[token].item()
+    return total / len(answer) if normalize == "per_token" else total
+
+
+@pytest.mark.parametrize("normalize", ["sum", "per_token"])
+@pytest.mark.parametrize("count_end", [False, True])
+@pytest.mark.parametrize("piece_tokens", [1, 40, 1024])
+def test_equals_one_by_one(model, tokenizer, monkeypatch, normalize, count_end, piece_tokens):
+    monkeypatch.setattr(choices_module, "_PIECE_TOKENS", piece_tokens)
+    monkeypatch.setattr(choices_module, "_FLOAT32_TOKENS", 3)
+    scores = choice_log_likelihoods(model, tokenizer, ITEMS, normalize=normalize, count_end=count_end)
+    for item, some in zip(ITEMS, scores, strict=True):
+        slow = [one_by_one(model, tokenizer, item, choice, normalize, count_end) for choice in item.choices]
+        assert some == pytest.approx(slow, abs=1e-4)
+
+
+def test_accuracy_counts_the_items_whose_likeliest_choice_is_right(model, tokenizer):
+    scores = choice_log_likelihoods(model, tokenizer, ITEMS)
+    best = [max(range(len(some)), key=some.__getitem__) for some in scores]
+    right = [ChoiceItem(item.prompt, item.choices, index) for item, index in zip(ITEMS, best, strict=True)]
+    result = choice_accuracy(model, tokenizer, right)
+    assert (result.accuracy, result.num_items, result.predictions) == (1.0, 4, best)
+    wrong_first = [ChoiceItem(ITEMS[0].prompt, ITEMS[0].choices, (best[0] + 1) % 3), *right[1:]]
+    assert choice_accuracy(model, tokenizer, wrong_first).accuracy == 0.75
+
+
+def test_per_token_and_sum_can_disagree(model, tokenizer):
+    item = ITEMS[0]
+    (total,), (mean,) = (
+        choice_log_likelihoods(model, tokenizer, [item], normalize=name) for name in ("sum", "per_token")
+    )
+    lengths = [len(tokenizer(choice).input_ids) for choice in item.choices]
+    assert mean == pytest.approx([some / length for some, length in zip(total, lengths, strict=True)])
+
+
+def test_choices_of_one_token_share_one_row(model, tokenizer):
+    yes, no = (len(tokenizer(choice).input_ids) for choice in (" yes", " no"))
+    assert yes == no == 1
+    item = ChoiceItem("Is the tide low?", [" yes", " no"], 0)
+    rows = []
+
+    def record(module, args, kwargs):
+        rows.append(kwargs["input_ids"].shape[0])
+
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        choice_log_likelihoods(model, tokenizer, [item] * 3)
+    finally:
+        handle.remove()
+    assert rows == [1]
+
+
+def test_only_the_needed_positions_get_logits(model, tokenizer):
+    shapes = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
+    try:
+        choice_log_likelihoods(model, tokenizer, [ITEMS[2]])
+    finally:
+        handle.remove()
+    longest = max(len(tokenizer(choice).input_ids) for choice in ITEMS[2].choices)
+    assert shapes == [longest]
+
+
+def test_a_model_that_cannot_leave_logits_out_gives_the_same(model, tokenizer):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids, attention_mask):
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+    expected = choice_log_likelihoods(model, tokenizer, ITEMS)
+    for some, wanted in zip(choice_log_likelihoods(Plain(), tokenizer, ITEMS), expected, strict=True):
+        assert some == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_is_restored(model, tokenizer, training):
+    model.train(training)
+    choice_accuracy(model, tokenizer, ITEMS)
+    assert model.training is training
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("items", "options", "message"),
+    [
+        ([], {}, "nothing to score"),
+        ([ChoiceItem("a", [], 0)], {}, "item 0: gold is 0, but there are 0 choices"),
+        ([ChoiceItem("a", ["b"], 1)], {}, "item 0: gold is 1, but there are 1 choices"),
+        ([ChoiceItem("", ["b"], 0)], {}, "item 0: the prompt is empty"),
+        (ITEMS, {"normalize": "mean"}, "normalize must be one of sum, per_token, got 'mean'"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(model, tokenizer, items, options, message):
+    with pytest.raises(ValueError, match=message):
+        choice_accuracy(model, tokenizer, items, **options)

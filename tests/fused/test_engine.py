@@ -1,0 +1,362 @@
+"""What is alive when, the order of calls, and everything that is refused."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import lowtide
+from helpers import same_weights, tiny_batch, tiny_model, twin
+
+
+class Watcher:
+    """Counts gradients that are alive, from inside the update of every parameter."""
+
+    def __init__(self, model, optimizer, engine):
+        self.model, self.engine, self.most_params, self.blocks_seen = model, engine, 0, 0
+        block_of = {}
+        for index, layer in enumerate(model.model.layers):
+            block_of.update(dict.fromkeys(layer.parameters(), index))
+        original = optimizer.update_param
+
+        def watched(param, grad, group, prepare=None):
+            alive = {p for p in model.parameters() if p.grad is not None}
+            alive |= {slot.param for slot in engine._slots.values() if slot.total is not None}
+            alive.add(param)
+            self.most_params = max(self.most_params, len(alive))
+            self.blocks_seen = max(self.blocks_seen, len({block_of.get(p, -1) for p in alive}))
+            original(param, grad, group, prepare)
+
+        optimizer.update_param = watched
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_gradient_is_alive_at_a_time(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    optimizer = lowtide.Lomo(model.parameters())
+    engine = lowtide.fuse(model, optimizer)
+    watcher = Watcher(model, optimizer, engine)
+    engine.backward(model(**tiny_batch()).loss)
+    assert watcher.most_params == 1
+
+
+def test_gradients_of_one_block_are_alive_with_micro_batches():
+    model = tiny_model()
+    optimizer = lowtide.Lomo(model.parameters())
+    engine = lowtide.fuse(model, optimizer, micro_batch_size=2)
+    watcher = Watcher(model, optimizer, engine)
+    engine.backward(model(**tiny_batch()).loss)
+    in_a_block = len(list(model.model.layers[0].parameters()))
+    assert watcher.blocks_seen == 1
+    assert 1 < watcher.most_params <= in_a_block
+    assert all(p.grad is None for p in model.parameters())
+    assert all(slot.total is None for slot in engine._slots.values())
+
+
+def test_only_block_inputs_are_kept_for_the_backward():
+    """Bytes that autograd saves between the passes: one hidden state a block, not its activations."""
+    saved = {}
+    for fused in (False, True):
+        model = tiny_model(num_hidden_layers=6)
+        if fused:
+            lowtide.fuse(model, lowtide.Lomo(model.parameters()))
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**tiny_batch()).loss
+        saved[fused] = sum(size for pointer, size in storages.items() if pointer not in parameters)
+        assert loss.requires_grad
+    assert saved[True] < 0.2 * saved[False]
+
+
+def setup(**options):
+    model = tiny_model()
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.1)
+    return model, optimizer, lowtide.fuse(model, optimizer, **options)
+
+
+@pytest.mark.parametrize("plain_backward", [False, True])
+@pytest.mark.parametrize("blocks", [None, []])
+def test_second_backward_before_step_is_refused(plain_backward, blocks):
+    model, optimizer, engine = setup(blocks=blocks)
+
+    def backward():
+        loss = model(**tiny_batch()).loss
+        loss.backward() if plain_backward else engine.backward(loss)
+
+    backward()
+    after_first = twin(model)
+    with pytest.raises(RuntimeError, match="micro_batch_size"):
+        backward()
+    assert same_weights(after_first, model)
+    optimizer.step()
+    backward()
+    assert not same_weights(after_first, model)
+
+
+def test_every_optimizer_must_close_the_step():
+    model = tiny_model()
+    head = list(model.lm_head.parameters())
+    ids = {id(p) for p in head}
+    first = lowtide.AdaLomo(head, lr=1e-3)
+    second = lowtide.Lomo([p for p in model.parameters() if id(p) not in ids], lr=0.1)
+    engine = lowtide.fuse(model, [first, second])
+    before = twin(model)
+    engine.backward(model(**tiny_batch()).loss)
+    assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
+    first.step()
+    with pytest.raises(RuntimeError, match="Lomo"):
+        engine.backward(model(**tiny_batch()).loss)
+    second.step()
+    engine.backward(model(**tiny_batch()).loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("plain_backward", [False, True])
+@pytest.mark.parametrize("blocks", [None, []])
+def test_non_finite_loss_updates_nothing(value, plain_backward, blocks, caplog):
+    model, optimizer, engine = setup(blocks=blocks)
+    before = twin(model)
+    loss = model(**tiny_batch()).loss * value
+    with caplog.at_level(logging.WARNING):
+        loss.backward() if plain_backward else engine.backward(loss)
+    assert engine.step_skipped and engine.num_skipped_steps == 1 and "skipped" in caplog.text
+    assert same_weights(before, model) and all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    engine.backward(model(**tiny_batch()).loss)
+    assert not engine.step_skipped and not same_weights(before, model)
+
+
+def test_non_finite_norm_skips_before_any_weight_changes():
+    model, optimizer, engine = setup(clip_grad_norm=1.0)
+    before = twin(model)
+    poison = model.model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("nan"))
+    engine.backward(model(**tiny_batch()).loss)  # the poisoned gradient arrives last of all but the embedding's
+    assert engine.step_skipped and same_weights(before, model)
+    optimizer.step()
+    poison.remove()
+    engine.backward(model(**tiny_batch()).loss)
+    assert not engine.step_skipped and not same_weights(before, model)
+
+
+def test_a_backward_that_broke_off_is_reported():
+    model, optimizer, engine = setup()
+    bomb = model.model.layers[1].register_full_backward_pre_hook(lambda *_: (_ for _ in ()).throw(OSError("boom")))
+    with pytest.raises(OSError, match="boom"):
+        engine.backward(model(**tiny_batch()).loss)
+    bomb.remove()
+    with pytest.raises(RuntimeError, match="broken off"):
+        engine.backward(model(**tiny_batch()).loss)
+    optimizer.step()  # go on with the weights as they are
+    engine.backward(model(**tiny_batch()).loss)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_forward_passes_that_are_thrown_away_do_no_harm():
+    model, optimizer, engine = setup(micro_batch_size=2)
+    for _ in range(3):
+        model(**tiny_batch())
+    watcher = Watcher(model, optimizer, engine)
+    engine.backward(model(**tiny_batch()).loss)
+    assert watcher.blocks_seen == 1
+    kept = model(**tiny_batch(1)).loss  # alive: its blocks might still get gradients, so the sums wait for the end
+    optimizer.step()
+    engine.backward(model(**tiny_batch()).loss)
+    assert kept.requires_grad
+
+
+def test_two_forward_passes_in_one_loss_are_one_step():
+    model, _, engine = setup()
+    other = tiny_model()
+    sgd = torch.optim.SGD(other.parameters(), lr=0.1)
+    engine.backward(model(**tiny_batch(0)).loss + model(**tiny_batch(1)).loss)
+    (other(**tiny_batch(0)).loss + other(**tiny_batch(1)).loss).backward()
+    sgd.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_remove_gives_an_ordinary_model_back():
+    model, optimizer, engine = setup()
+    engine.remove()
+    engine.remove()
+    before = twin(model)
+    model(**tiny_batch()).loss.backward()
+    assert same_weights(before, model) and all(p.grad is not None for p in model.parameters())
+    optimizer.step()
+    assert not same_weights(before, model)
+    optimizer.zero_grad()
+    lowtide.fuse(model, optimizer).remove()
+
+
+def test_load_state_dict_after_fuse_is_followed():
+    """torch replaces the group dictionaries on loading; the hooks must read the new ones."""
+    model, optimizer, engine = setup()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"] = 0.0
+    optimizer.load_state_dict(state)
+    before = twin(model)
+    engine.backward(model(**tiny_batch()).loss)
+    assert same_weights(before, model)
+
+
+def test_misuse_is_refused_with_advice():
+    model = tiny_model()
+    with pytest.raises(TypeError, match="PerParameter"):
+        lowtide.fuse(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match=r"in no optimizer: model\.layers"):
+        lowtide.fuse(model, lowtide.Lomo(model.model.embed_tokens.parameters()))
+    optimizer = lowtide.Lomo(model.parameters())
+    with pytest.raises(ValueError, match="two optimizers"):
+        lowtide.fuse(model, [optimizer, lowtide.Lomo(model.lm_head.parameters())])
+    with pytest.raises(ValueError, match="micro_batch_size needs blocks"):
+        lowtide.fuse(model, optimizer, blocks=[], micro_batch_size=2)
+    with pytest.raises(ValueError, match=r"did you mean 'model\.layers'"):
+        lowtide.fuse(model, optimizer, blocks=["model.layer"])
+    with pytest.raises(ValueError, match="overlap"):
+        lowtide.fuse(model, optimizer, blocks=["model.layers", model.model.layers[0].mlp])
+    with pytest.raises(ValueError, match="clip_grad_value must be positive"):
+        lowtide.fuse(model, optimizer, clip_grad_value=-1.0)
+    with pytest.raises(ValueError, match="weights='tape'"):
+        lowtide.fuse(model, optimizer, weights="tape")
+    with pytest.raises(ValueError, match="float16"):
+        half = tiny_model(dtype=torch.float16)
+        lowtide.fuse(half, lowtide.Lomo(half.parameters()))
+    with pytest.raises(ValueError, match="DataParallel"):
+        lowtide.fuse(nn.DataParallel(model), optimizer)
+    with pytest.raises(ValueError, match="router"):
+        moe = tiny_model("qwen3_moe", output_router_logits=True)
+        lowtide.fuse(moe, lowtide.Lomo(moe.parameters()))
+    with pytest.raises(ValueError, match="sparse"):
+        sparse = nn.Embedding(4, 4, sparse=True)
+        lowtide.fuse(sparse, lowtide.Lomo(sparse.parameters()))
+    with pytest.raises(ValueError, match="batch norm"):
+        norm = nn.Sequential(nn.BatchNorm1d(4))
+        lowtide.fuse(norm, lowtide.Lomo(norm.parameters()), blocks=["0"])
+    model(**tiny_batch()).loss.backward()
+    with pytest.raises(ValueError, match="zero_grad"):
+        lowtide.fuse(model, optimizer)
+    optimizer.zero_grad()
+    lowtide.fuse(model, optimizer)
+    with pytest.raises(RuntimeError, match="already"):
+        lowtide.fuse(model, lowtide.Lomo(model.parameters()))
+
+
+def test_ddp_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(tiny_model())
+        with pytest.raises(ValueError, match="DistributedDataParallel"):
+            lowtide.fuse(model, lowtide.Lomo(model.parameters()))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_losses_that_cannot_be_used_are_refused():
+    model, optimizer, engine = setup()
+    before = twin(model)
+    with torch.no_grad():
+        loss = model(**tiny_batch()).loss
+    with pytest.raises(RuntimeError, match="no graph"):
+        engine.backward(loss)
+    with pytest.raises(ValueError, match="single number"):
+        engine.backward(model.lm_head.weight.sum(dim=0))
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ValueError, match="GradScaler"):
+        engine.backward(scaler.scale(model(**tiny_batch()).loss))
+    assert same_weights(before, model)
+    engine.backward(model(**tiny_batch()).loss * 2.0)  # an ordinary factor is no scaler
+    scaler.scale(torch.ones(1))
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        scaler.step(optimizer)
+
+
+def test_plain_backward_with_two_pass_clipping_is_refused():
+    model, _, _ = setup(clip_grad_norm=1.0)
+    before = twin(model)
+    with pytest.raises(RuntimeError, match=r"engine\.backward"):
+        model(**tiny_batch()).loss.backward()
+    assert same_weights(before, model)
+
+
+def test_checkpointing_is_refused():
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        lowtide.fuse(model, lowtide.Lomo(model.parameters()))
+    model.gradient_checkpointing_disable()
+    lowtide.fuse(model, lowtide.Lomo(model.parameters()))
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="gradient_checkpointing_disable"):
+        model(**tiny_batch())
+
+
+class Checkpointed(nn.Module):
+    """One linear layer used twice under checkpointing: reentrant, its hook fires twice with half a gradient each."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.layer, self.head, self.use_reentrant = nn.Linear(4, 4), nn.Linear(4, 1), use_reentrant
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        for _ in range(2):
+            x = torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=self.use_reentrant)
+        return self.head(x).mean()
+
+
+def test_reentrant_checkpointing_is_refused_and_the_other_kind_works():
+    model = Checkpointed(use_reentrant=True)
+    engine = lowtide.fuse(model, lowtide.Lomo(model.parameters(), lr=0.1))
+    before = model.layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="reentrant"):
+        engine.backward(model(torch.randn(3, 4)))
+    assert torch.equal(before, model.layer.weight)
+    right, plain = Checkpointed(use_reentrant=False), None
+    plain = twin(right)
+    x = torch.randn(3, 4)
+    lowtide.fuse(right, lowtide.Lomo(right.parameters(), lr=0.1)).backward(right(x.clone()))
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
+    plain(x.clone()).backward()
+    sgd.step()
+    assert same_weights(right, plain)
+
+
+def test_a_parameter_unfrozen_later_is_noticed():
+    model = tiny_model()
+    frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    optimizer = lowtide.Lomo(model.parameters())
+    engine = lowtide.fuse(model, optimizer, blocks=[])
+    frozen.requires_grad_(True)
+    engine.backward(model(**tiny_batch()).loss)
+    with pytest.raises(RuntimeError, match="unfrozen"):
+        optimizer.step()
+
+
+def test_step_without_backward_does_nothing():
+    model, optimizer, engine = setup()
+    before = twin(model)
+    optimizer.step()
+    assert same_weights(before, model) and engine.grad_norm is None
+
+
+def test_a_block_output_that_cannot_be_joined_is_refused():
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.layer(x)
+            return x, x.sum()
+
+    model = nn.ModuleDict({"block": Summed()})
+    lowtide.fuse(model, lowtide.Lomo(model.parameters()), blocks=["block"], micro_batch_size=1)
+    with pytest.raises(ValueError, match="micro_batch_size=None"):
+        model["block"](torch.randn(3, 4))
