@@ -35,7 +35,7 @@ def tiny_config(family: str = "llama", **changes):
         return transformers.Gemma3TextConfig(**{**common, "head_dim": 8, "sliding_window": 4, **changes})
     if family == "gpt_neox":
         common.pop("num_key_value_heads")
-        return transformers.GPTNeoXConfig(**{**common, **changes})
+        return transformers.GPTNeoXConfig(**{**common, "attention_bias": False, **changes})
     if family == "gpt2":
         common.pop("num_key_value_heads")
         return transformers.GPT2Config(
@@ -44,6 +44,9 @@ def tiny_config(family: str = "llama", **changes):
             n_head=4,
             vocab_size=VOCAB_SIZE,
             n_positions=64,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
@@ -96,3 +99,13 @@ def largest_difference(first, second):
 def same_weights(first, second):
     """Bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+class Snapshot:
+    """The weights of a module as they are now; also of a fused one, which cannot be copied."""
+
+    def __init__(self, module):
+        self._weights = [parameter.detach().clone() for parameter in module.parameters()]
+
+    def parameters(self):
+        return iter(self._weights)

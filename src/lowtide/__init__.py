@@ -1,11 +1,11 @@
 """lowtide: fine-tune every parameter of a large language model on the machine you have.
 
-    optimizer = lowtide.AdaLomo(model.parameters(), lr=5e-4)
-    engine = lowtide.fuse(model, optimizer)
-    for batch in loader:
-        loss = model(**batch).loss
-        engine.backward(loss)  # every parameter is updated as its gradient completes
-        optimizer.step(); scheduler.step(); optimizer.zero_grad()
+optimizer = lowtide.AdaLomo(model.parameters(), lr=5e-4)
+engine = lowtide.fuse(model, optimizer)
+for batch in loader:
+    loss = model(**batch).loss
+    engine.backward(loss)  # every parameter is updated as its gradient completes
+    optimizer.step(); scheduler.step(); optimizer.zero_grad()
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_a_chat_remembers_what_was_said(lowtide, model_dir, piped, monkeypatch):
 
     monkeypatch.setattr(Speaker, "answer", answer)
     piped("one\n\n  two  \n")
-    result = lowtide("generate", "--model", model_dir, "--chat", "--system", "s")
+    result = lowtide("generate", "--model", model_dir, "--chat", "--system", "s", "--max-new-tokens", 20)
     assert (result.code, result.out, result.err) == (0, "", [])
     system, one = {"role": "system", "content": "s"}, {"role": "user", "content": "one"}
     two = {"role": "user", "content": "two"}

@@ -19,7 +19,7 @@ def test_trains_saves_and_says_what_it_did(lowtide, model_dir, task, tmp_path):
     result = lowtide("train", *arguments, "--micro-batch-size", "2", "--eval-every", "20", "--eval-fraction", "0.1")
     assert result.code == 0, result.err
     assert result.err == []
-    assert "Fine-tuning all 27.5k parameters" in result.out
+    assert "Fine-tuning all 26.9k parameters" in result.out
     assert "40 steps" in result.out
     assert "8 sequences, at most 256 tokens a step, through each layer 2 at a time." in result.out
     assert "step 10/40  loss " in result.out

@@ -160,6 +160,14 @@ def test_which_examples_share_a_sequence_changes_with_the_epoch():
     assert together[0] != together[1]
 
 
+def test_sequences_do_not_come_longest_first():
+    examples = numbered(range(9, 17))  # no two fit together, so packing gives one sequence a length
+    rows = [row for batch in make(examples).epoch(0) for row in batch["input_ids"]]
+    lengths = [int((row != PAD).sum()) for row in rows]
+    assert sorted(lengths) == list(range(9, 17))
+    assert lengths != sorted(lengths, reverse=True)
+
+
 def test_unshuffled_padded_batches_come_in_the_given_order():
     batches = make(numbered([3, 2, 4, 5, 2]), packing=False, shuffle=False)
     firsts = [row[0] for batch in batches.epoch(0) for row in batch["input_ids"].tolist()]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowtide
-from helpers import same_weights, tiny_batch, tiny_model, twin
+from helpers import Snapshot, same_weights, tiny_batch, tiny_model, twin
 
 
 class Watcher:
@@ -91,7 +91,7 @@ def test_second_backward_before_step_is_refused(plain_backward, blocks):
         loss.backward() if plain_backward else engine.backward(loss)
 
     backward()
-    after_first = twin(model)
+    after_first = Snapshot(model)
     with pytest.raises(RuntimeError, match="micro_batch_size"):
         backward()
     assert same_weights(after_first, model)
@@ -107,7 +107,7 @@ def test_every_optimizer_must_close_the_step():
     first = lowtide.AdaLomo(head, lr=1e-3)
     second = lowtide.Lomo([p for p in model.parameters() if id(p) not in ids], lr=0.1)
     engine = lowtide.fuse(model, [first, second])
-    before = twin(model)
+    before = Snapshot(model)
     engine.backward(model(**tiny_batch()).loss)
     assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
     first.step()
@@ -122,7 +122,7 @@ def test_every_optimizer_must_close_the_step():
 @pytest.mark.parametrize("blocks", [None, []])
 def test_non_finite_loss_updates_nothing(value, plain_backward, blocks, caplog):
     model, optimizer, engine = setup(blocks=blocks)
-    before = twin(model)
+    before = Snapshot(model)
     loss = model(**tiny_batch()).loss * value
     with caplog.at_level(logging.WARNING):
         loss.backward() if plain_backward else engine.backward(loss)
@@ -135,7 +135,7 @@ def test_non_finite_loss_updates_nothing(value, plain_backward, blocks, caplog):
 
 def test_non_finite_norm_skips_before_any_weight_changes():
     model, optimizer, engine = setup(clip_grad_norm=1.0)
-    before = twin(model)
+    before = Snapshot(model)
     poison = model.model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("nan"))
     engine.backward(model(**tiny_batch()).loss)  # the poisoned gradient arrives last of all but the embedding's
     assert engine.step_skipped and same_weights(before, model)
@@ -186,7 +186,7 @@ def test_remove_gives_an_ordinary_model_back():
     model, optimizer, engine = setup()
     engine.remove()
     engine.remove()
-    before = twin(model)
+    before = Snapshot(model)
     model(**tiny_batch()).loss.backward()
     assert same_weights(before, model) and all(p.grad is not None for p in model.parameters())
     optimizer.step()
@@ -201,7 +201,7 @@ def test_load_state_dict_after_fuse_is_followed():
     state = optimizer.state_dict()
     state["param_groups"][0]["lr"] = 0.0
     optimizer.load_state_dict(state)
-    before = twin(model)
+    before = Snapshot(model)
     engine.backward(model(**tiny_batch()).loss)
     assert same_weights(before, model)
 
@@ -260,7 +260,7 @@ def test_ddp_is_refused(tmp_path):
 
 def test_losses_that_cannot_be_used_are_refused():
     model, optimizer, engine = setup()
-    before = twin(model)
+    before = Snapshot(model)
     with torch.no_grad():
         loss = model(**tiny_batch()).loss
     with pytest.raises(RuntimeError, match="no graph"):
@@ -279,7 +279,7 @@ def test_losses_that_cannot_be_used_are_refused():
 
 def test_plain_backward_with_two_pass_clipping_is_refused():
     model, _, _ = setup(clip_grad_norm=1.0)
-    before = twin(model)
+    before = Snapshot(model)
     with pytest.raises(RuntimeError, match=r"engine\.backward"):
         model(**tiny_batch()).loss.backward()
     assert same_weights(before, model)
@@ -341,7 +341,7 @@ def test_a_parameter_unfrozen_later_is_noticed():
 
 def test_step_without_backward_does_nothing():
     model, optimizer, engine = setup()
-    before = twin(model)
+    before = Snapshot(model)
     optimizer.step()
     assert same_weights(before, model) and engine.grad_norm is None
 

@@ -24,9 +24,9 @@ def events(num_steps):
     yield {"event": "end", "step": num_steps}
 
 
-def shown(num_steps, **options):
+def shown(num_steps, width=160, **options):
     stream = io.StringIO()
-    console = Console(file=stream, width=160, **options)
+    console = Console(file=stream, width=width, **options)
     with ConsoleProgress(console, log_every=2) as progress:
         for event in events(num_steps):
             progress(event)
@@ -48,6 +48,12 @@ def test_a_bar_on_a_terminal():
     assert "3/3" in text
     assert "loss 1.0000" in text
     assert "held-out loss 2.0000" in text
+
+
+def test_a_narrow_terminal_shows_everything_in_one_line():
+    text = shown(1, width=80, force_terminal=True)
+    assert "1/1 loss 3.000 lr 1.0e-03 norm 0.5 64 tok/s 3.00 GiB 0 s left" in text
+    assert "…" not in text
 
 
 def test_the_screen_is_given_back_after_an_error():

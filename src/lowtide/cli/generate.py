@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training import resolve_device
 
     device = resolve_device(args.device)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     if (args.chat or args.system) and not tokenizer.chat_template:
         flag = "--chat" if args.chat else "--system"
         raise ValueError(f"{args.model} has no chat template, so {flag} cannot work; use --prompt")

@@ -73,17 +73,18 @@ class BlockRunner:
     def install(self) -> None:
         """Replace the block's forward on the instance."""
         self._replaced = self.block.__dict__.get("forward")
-        self.block.forward = self.run  # type: ignore[method-assign]
+        self.block.forward = self.run
 
     def remove(self) -> None:
         """Put the block's own forward back."""
         if self._replaced is None:
             self.block.__dict__.pop("forward", None)
         else:
-            self.block.forward = self._replaced  # type: ignore[method-assign]
+            self.block.forward = self._replaced
 
     def close_step(self) -> None:
-        """Forget what belongs to one step."""
+        """Forget what belongs to one step: graphs made before it are stale, as the weights have changed."""
+        self.calls.clear()
         for slot in self.slots:
             slot.shared = slot.always_shared
 
@@ -119,7 +120,8 @@ class BlockRunner:
         names = list(self._parameters)[: len(args)]
         if any(name in _CACHE_ARGUMENTS for name in names):
             args = tuple(
-                None if index < len(names) and names[index] in _CACHE_ARGUMENTS else value for index, value in enumerate(args)
+                None if index < len(names) and names[index] in _CACHE_ARGUMENTS else value
+                for index, value in enumerate(args)
             )
         return args, kwargs
 
@@ -133,7 +135,9 @@ class _Call:
         self.positions = [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         self.tensors = [self.leaves[index] for index in self.positions]
         for index in self.positions:
-            self.leaves[index] = None  # autograd keeps the tensors; holding them here too would outlive the backward pass
+            self.leaves[index] = (
+                None  # autograd keeps the tensors; holding them here too would outlive the backward pass
+            )
         if not self.tensors:
             raise ValueError(f"{type(runner.block).__name__} was called without a tensor: it cannot be a block")
         first = self.tensors[0]

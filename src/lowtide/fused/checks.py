@@ -89,7 +89,9 @@ def check_loss(loss: Tensor) -> None:
     if loss.numel() != 1:
         raise ValueError(f"the loss must be a single number, got shape {tuple(loss.shape)}: reduce it with .mean()")
     if not loss.requires_grad:
-        raise RuntimeError("the loss has no graph: was it computed under torch.no_grad(), or with every parameter frozen?")
+        raise RuntimeError(
+            "the loss has no graph: was it computed under torch.no_grad(), or with every parameter frozen?"
+        )
     factor = getattr(loss.grad_fn, "_saved_other", None)
     if type(loss.grad_fn).__name__ == "MulBackward0" and isinstance(factor, Tensor) and factor.dtype == torch.float32:
         scale = float(factor) if factor.numel() == 1 else 0.0

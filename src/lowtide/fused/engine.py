@@ -61,7 +61,9 @@ class Engine:
         self._in_block = False  # set by a block during its own nested backward pass
         self._graph_task: int | None = None
         self._prepare: Prepare | None = None
-        self._slots = {param: _Slot(self, param, optimizer, index) for param, optimizer, index in _trainable(optimizers)}
+        self._slots = {
+            param: _Slot(self, param, optimizer, index) for param, optimizer, index in _trainable(optimizers)
+        }
         self._unhooked = [p for o in optimizers for g in o.param_groups for p in g["params"] if not p.requires_grad]
         self._runners = [BlockRunner(block, self, home, micro_batch_size) for block in blocks]
         self._mark_shared()
@@ -120,6 +122,12 @@ class Engine:
         self._slots, self._runners = {}, []
         self.model.__dict__.pop("_lowtide_engine", None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        raise RuntimeError(
+            "a fused model cannot be copied: the hooks of the copy would update the original. Copy it before fuse(), or after "
+            "engine.remove()."
+        )
+
     # One backward pass ----------------------------------------------------------------------------------------------
 
     def enter_backward(self, grad: Tensor | None) -> None:
@@ -174,6 +182,7 @@ class Engine:
         self._open, self._skip = False, False
         self._waiting = set(self.optimizers)
 
+    @torch.no_grad()
     def _finish_shared(self) -> None:
         for slot in self._slots.values():
             if slot.shared:
@@ -252,9 +261,7 @@ class Engine:
         inside = {id(module) for runner in self._runners for module in runner.block.modules()}
         for module in self.model.modules():
             if id(module) not in inside:
-                for param in module.parameters(recurse=False):
-                    if param in seen:
-                        seen[param] += 1
+                seen.update({p: seen[p] + 1 for p in module.parameters(recurse=False) if p in seen})
         for param, places in seen.items():
             self._slots[param].shared = self._slots[param].always_shared = places > 1
 

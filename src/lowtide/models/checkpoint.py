@@ -49,8 +49,8 @@ def clear_errors(name: str, source: Path | str, what: str) -> Iterator[None]:
             ) from error
         if any(isinstance(each, RepositoryNotFoundError) for each in causes):
             raise FileNotFoundError(
-                f"model {name} does not exist: there is no such directory and no such public model on the hub; check the "
-                f"name, or {_GET_LOCAL}"
+                f"model {name} does not exist: there is no such directory and no such public model on the hub; check "
+                f"the name, or {_GET_LOCAL}"
             ) from error
         if isinstance(error, OSError):
             raise ConnectionError(
@@ -85,13 +85,13 @@ def _weight_files(directory: Path) -> list[Path]:
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise ValueError(
-            f"model directory {directory} has its weights only as {pickles[0]}, a pickle, which can run any code when it "
-            "is opened, so lowtide does not open it; if you trust its source, convert it once with transformers: "
+            f"model directory {directory} has its weights only as {pickles[0]}, a pickle, which can run any code when "
+            "it is opened, so lowtide does not open it; if you trust its source, convert it once with transformers: "
             f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained(NEW_DIRECTORY), and copy the "
             "tokenizer files"
         )
     raise FileNotFoundError(
-        f"model directory {directory} has no weights (model.safetensors, or model.safetensors.index.json with its shards)"
+        f"model directory {directory} has no weights: neither model.safetensors nor model.safetensors.index.json"
     )
 
 
@@ -103,7 +103,7 @@ def _shards(directory: Path, index: Path) -> list[Path]:
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"model directory {directory} lacks {len(missing)} of {len(names)} weight files, the first is {missing[0]}; "
+            f"model directory {directory} lacks {len(missing)} of {len(names)} weight files, first {missing[0]}; "
             "copy or download them again"
         )
     return [directory / name for name in names]

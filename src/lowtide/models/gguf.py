@@ -1,7 +1,7 @@
-"""Models in GGUF files: an ordinary transformers model in the wanted dtype, and a tokenizer that splits text as trained.
+"""Models in GGUF files, as ordinary transformers models in the wanted dtype.
 
-transformers reads these files itself (its ``gguf_file=``), and for most architectures that is what happens here too. The
-common ones (Llama, Mistral, Qwen2, Qwen3) are read directly instead, slice by slice, because its reader takes ten times
+transformers reads these files itself (its ``gguf_file=``), and for most architectures that is what happens here too.
+The common ones (Llama, Mistral, Qwen2, Qwen3) are read directly instead, slice by slice, because its reader takes ten times
 as long and twice the memory; a test holds the two to the same weights.
 
 Quantised weights are dequantised: what is trained, and saved, is an ordinary dense model.
@@ -80,8 +80,8 @@ def gguf_config(header: GgufHeader) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(str(header.path.parent), gguf_file=header.path.name)
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise ValueError(
-            f"{header.path}: transformers cannot read architecture {header.architecture!r} from GGUF ({error}); give the "
-            "model as a Hugging Face directory"
+            f"{header.path}: transformers cannot read architecture {header.architecture!r} from GGUF ({error}); give "
+            "the model as a Hugging Face directory"
         ) from error
     return config
 
@@ -96,8 +96,8 @@ def _direct_config(header: GgufHeader) -> PreTrainedConfig:
     scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
     if _FREQUENCIES in header.tensors or scaling != "none":
         _logger.warning(
-            "%s: this model scales its rotary positions, which is left out when it is read from a GGUF file, so it may be "
-            "worse than it should; prefer its Hugging Face directory",
+            "%s: this model scales its rotary positions, which is left out when it is read from a GGUF file, so it may "
+            "be worse than it should; prefer its Hugging Face directory",
             header.path.name,
         )
     return AutoConfig.for_model(header.architecture, **values)
@@ -155,23 +155,21 @@ def load_gguf(
     if header.architecture not in _DIRECT:
         return _load_through_transformers(header, dtype)
     weights = dict(_read_weights(header, config, dtype))
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     # transformers takes the tensors of a state dict as they are, without a copy.
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
-    return model, info
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
 
 
 def _load_through_transformers(header: GgufHeader, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
     import transformers
 
+    auto_class: Any = transformers.AutoModelForCausalLM
     # Without this, newer versions leave the weights in 4 bits where they have a kernel for it: not to be trained.
     options = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     )
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class.from_pretrained(
             str(header.path.parent), gguf_file=header.path.name, dtype=dtype, output_loading_info=True, **options
         )
     except (ValueError, KeyError, NotImplementedError) as error:
@@ -210,8 +208,8 @@ def _transformers_name(header: GgufHeader, name: str) -> str:
     if match is not None and match.group(2) in _INNER:
         return f"model.layers.{match.group(1)}.{_INNER[match.group(2)]}.{kind}"
     raise ValueError(
-        f"{header.path} has a tensor {name}, which a dense {header.architecture} model does not have; give the model as a "
-        "Hugging Face directory"
+        f"{header.path} has a tensor {name}, which a dense {header.architecture} model does not have; give the model as "
+        "a Hugging Face directory"
     )
 
 

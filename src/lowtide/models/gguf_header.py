@@ -1,8 +1,8 @@
 """Reading the header of a GGUF file: metadata and where each tensor lies, without touching the tensors.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little endian). The package ``gguf``
-reads it too, but makes five numpy arrays of every word of the vocabulary: seconds of time and 160 MB where the smallest
-models take 250 MB.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little endian). The package
+``gguf`` reads it too, but makes five numpy arrays of every word of the vocabulary: seconds of time and 160 MB where the
+smallest models take 250 MB.
 """
 
 from __future__ import annotations

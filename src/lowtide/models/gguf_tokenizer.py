@@ -2,8 +2,8 @@
 
 A GGUF file holds the vocabulary and the merges, but of the pre-tokenizer (how text is cut before merges apply) only a
 name, ``tokenizer.ggml.pre``. transformers ignores that name in older versions and knows some of them in newer ones; a
-model whose digits were trained one by one then sees them joined, and its perplexity suffers. For byte-level vocabularies
-the tokenizer is therefore built here, from the facts below; for others (SentencePiece) transformers builds it.
+model whose digits were trained one by one then sees them joined, and its perplexity suffers. For byte-level
+vocabularies the tokenizer is therefore built here, from the facts below; for others (SentencePiece) transformers builds it.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def load_gguf_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
         return _build(header, PRE_TOKENIZERS[pre])
     if kind == "gpt2":
         _logger.warning(
-            "%s: how this model cuts text into pieces (tokenizer.ggml.pre = %r) is not known to lowtide, so tokenisation "
-            "may be off; give the model as a Hugging Face directory with its own tokenizer to be sure",
+            "%s: how this model cuts text into pieces (tokenizer.ggml.pre = %r) is not known to lowtide, so "
+            "tokenisation may be off; give the model as a Hugging Face directory with its own tokenizer to be sure",
             header.path.name,
             pre,
         )
@@ -88,8 +88,8 @@ def _through_transformers(header: GgufHeader) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(str(header.path.parent), gguf_file=header.path.name)
     except Exception as error:  # a dozen converters, each of which fails in ways of its own
         raise ValueError(
-            f"{header.path}: transformers cannot read this tokenizer ({type(error).__name__}: {error}); give the model as "
-            "a Hugging Face directory"
+            f"{header.path}: transformers cannot read this tokenizer ({type(error).__name__}: {error}); give the model "
+            "as a Hugging Face directory"
         ) from error
     # transformers looks for other files beside this one, and would save where it found it.
     tokenizer.name_or_path = ""

@@ -68,7 +68,8 @@ def load_model(
     Raises:
         FileNotFoundError: there is no such model, or a part of it is missing.
         ConnectionError: the hub cannot be reached.
-        ValueError: the model cannot be used: damaged, pickled, quantised or incomplete weights, or no causal language model.
+        ValueError: the model cannot be used: damaged, pickled, quantised or incomplete weights, or no causal language
+            model.
         MemoryError: the weights need more memory than the device has available.
     """
     name = os.fspath(name)
@@ -112,12 +113,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     ):
         raise FileNotFoundError(
-            f"model directory {source} has no tokenizer (tokenizer.json, or tokenizer.model); copy it there from the model "
-            "it was made from"
+            f"model directory {source} has no tokenizer (tokenizer.json, or tokenizer.model); copy it there from the "
+            "model it was made from"
         )
     with clear_errors(name, source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-    return tokenizer
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
 
 
 def _is_gguf(name: str) -> bool:
@@ -162,7 +162,7 @@ def _load_config(name: str, source: Path | str, trust_remote_code: bool) -> PreT
         method = config.quantization_config
         method = method.get("quant_method", "?") if isinstance(method, dict) else "?"
         raise ValueError(
-            f"the weights of {name} are quantised ({method}), so they cannot be trained; give the model it was made from"
+            f"the weights of {name} are quantised ({method}), so they cannot be trained; give the unquantised model"
         )
     return config
 
@@ -189,8 +189,9 @@ def _load_weights(
 
     # With a device map each tensor goes straight to its device.
     placement = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+    auto_class: Any = AutoModelForCausalLM
     with clear_errors(name, source, "model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        return auto_class.from_pretrained(
             str(source),
             config=config,
             dtype=dtype,
@@ -199,7 +200,6 @@ def _load_weights(
             output_loading_info=True,
             **placement,
         )
-    return model, info
 
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:
@@ -207,8 +207,8 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"{name} lacks {len(missing)} of the model's weights, the first is {missing[0]}; the checkpoint is incomplete or "
-            "was made for another task"
+            f"{name} lacks {len(missing)} of the model's weights, the first is {missing[0]}; the checkpoint is incomplete "
+            "or was made for another task"
         )
     unexpected = sorted(info["unexpected_keys"])
     if unexpected:

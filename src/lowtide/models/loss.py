@@ -195,13 +195,13 @@ class ChunkedLoss:
         softcap: cap that its head puts on the logits.
     """
 
-    def __init__(self, model: nn.Module, scale: float = 1.0, softcap: float | None = None) -> None:
+    def __init__(self, model: Any, scale: float = 1.0, softcap: float | None = None) -> None:
         self.model, self.scale, self.softcap = model, scale, softcap
         self.original = model.forward
         self._parameters = inspect.signature(self.original).parameters
 
     @classmethod
-    def of(cls, model: nn.Module) -> ChunkedLoss | None:
+    def of(cls, model: Any) -> ChunkedLoss | None:
         """The chunked loss for this model, or None if its own loss cannot be reproduced (then it must be left alone)."""
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         base = getattr(model, "base_model", model)
@@ -217,7 +217,7 @@ class ChunkedLoss:
 
     def install(self) -> None:
         """Use this loss whenever the model is called with labels in training."""
-        self.model.forward = self._forward  # type: ignore[method-assign]
+        self.model.forward = self._forward
 
     def remove(self) -> None:
         """The model's own forward again."""
@@ -291,7 +291,7 @@ class ChunkedLoss:
         return torch.allclose(expected.float(), found, rtol=1e-2, atol=1e-3)
 
 
-class _HeadInput(dict):  # type: ignore[type-arg]
+class _HeadInput(dict[str, Any]):
     """Stands in for the output of a base model: made-up hidden states, and None for anything else that is asked for."""
 
     def __getattr__(self, name: str) -> Any:

@@ -20,7 +20,7 @@ _logger = get_logger(__name__)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
-    """Write a directory that plain transformers opens again: weights, config, generation config, tokenizer, chat template.
+    """Write a directory that plain transformers opens again: weights, configs, tokenizer and chat template.
 
     Everything is written beside it first and renamed when it is on the disk, so that the directory is never half there.
 

@@ -103,7 +103,7 @@ class AdaLomo(FusibleOptimizer):
                 write(param_slice, value, offset)
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        zeros = {"dtype": compute_dtype(param), "device": param.device}
+        zeros: dict[str, Any] = {"dtype": compute_dtype(param), "device": param.device}
         state["step"] = 0
         if param.dim() >= 2:
             state["exp_avg_sq_row"] = torch.zeros(param.shape[:-1], **zeros)

@@ -87,7 +87,7 @@ class FusibleOptimizer(Optimizer):
         return False
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; fused, only close the step (the update is already done)."""
         loss = None
         if closure is not None:

@@ -1,4 +1,4 @@
-"""What a model takes, counted from its config alone: the model is built on the meta device, where tensors have no memory."""
+"""What a model takes, counted from its config alone: it is built on the meta device, where tensors have no memory."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _cgroups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
         return
     for line in lines:
         # "0::/path" for version 2, "5:memory:/path" for version 1
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not controllers:
             mount, names = root / "sys/fs/cgroup", _CGROUP_V2
         elif "memory" in controllers.split(","):

@@ -6,13 +6,16 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from ..units import format_bytes, format_duration
 from .events import Event
 
 # Weight of the newest step in the running mean of the speed; about the last ten steps count.
 _NEWEST = 0.2
+# Columns that the bar with the long line needs.
+_WIDE = 125
 
 
 class ConsoleProgress:
@@ -71,33 +74,38 @@ class ConsoleProgress:
         if self.console.is_terminal:
             self._advance(event)
         elif event["step"] % self.log_every == 0 or event["step"] == self._num_steps:
-            line = f"step {event['step']}/{self._num_steps}  {self._status(event)}"
-            self._say(f"{line}  {format_duration(self._seconds_left(event))} left")
+            self._say(self._line(event))
         if self._first_time is None:
             self._first_time = event["time"]
 
     def _advance(self, event: Event) -> None:
         if self._bar is None:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-                console=self.console,
-            )
-            self._task = self._bar.add_task("train", total=self._num_steps, status="")
+            bar = (BarColumn(bar_width=20),) if self.console.width >= _WIDE else ()
+            line = TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True))
+            self._bar = Progress(*bar, line, console=self.console, refresh_per_second=4)
+            self._task = self._bar.add_task("train", total=self._num_steps, line="")
             self._bar.start()
         assert self._task is not None
-        self._bar.update(self._task, completed=event["step"], status=self._status(event))
+        line_now = self._line(event) if self.console.width >= _WIDE else self._short_line(event)
+        self._bar.update(self._task, completed=event["step"], line=line_now)
 
-    def _status(self, event: Event) -> str:
+    def _line(self, event: Event) -> str:
         norm = "" if event["grad_norm"] is None else f"grad norm {event['grad_norm']:.3g}  "
         return (
-            f"loss {event['loss']:.4f}  lr {event['lr']:.2e}  {norm}{self._tokens_per_s:.0f} tokens/s  "
-            f"{format_bytes(event['memory_bytes'])}"
+            f"step {event['step']}/{self._num_steps}  loss {event['loss']:.4f}  lr {event['lr']:.2e}  {norm}"
+            f"{self._tokens_per_s:.0f} tokens/s  {format_bytes(event['memory_bytes'])}  {self._time_left(event)} left"
         )
+
+    def _short_line(self, event: Event) -> str:
+        """The same in about 75 columns."""
+        norm = "" if event["grad_norm"] is None else f"norm {event['grad_norm']:.2g} "
+        return (
+            f"{event['step']}/{self._num_steps} loss {event['loss']:.3f} lr {event['lr']:.1e} {norm}"
+            f"{self._tokens_per_s:.0f} tok/s {format_bytes(event['memory_bytes'])} {self._time_left(event)} left"
+        )
+
+    def _time_left(self, event: Event) -> str:
+        return format_duration(self._seconds_left(event))
 
     def _seconds_left(self, event: Event) -> float:
         """From the mean time of a step so far, without the first, which warms up caches, once there are others."""

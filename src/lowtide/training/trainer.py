@@ -134,7 +134,7 @@ def _prepare(config: TrainConfig, output: Path) -> _Run:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     records, held_out = read_data(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     data = encode_data(config, records, held_out, tokenizer)
     dtype, trusted = parse_dtype(config.dtype), config.trust_remote_code
     model = load_model(config.model, dtype=dtype, device=device, trust_remote_code=trusted)
