@@ -63,9 +63,9 @@ def describe_plan(config: TrainConfig, event: Event) -> str:
         (
             f"Fine-tuning all {format_count(event['num_parameters'])} parameters of {config.model} in {config.dtype} "
             f"on {event['device']}.",
-            f"{steps} steps ({epochs:.2g} epochs) of {config.batch_size} sequences, at most {tokens} tokens a step, "
+            f"{_count(steps, 'step')} ({epochs:.2g} epochs) of {_count(config.batch_size, 'sequence')}, at most {tokens} tokens a step, "
             f"{how}.",
-            f"Data: {event['data_num_records']} records, {format_count(event['data_num_tokens'])} tokens"
+            f"Data: {_count(event['data_num_records'], 'record')}, {format_count(event['data_num_tokens'])} tokens"
             f"{_losses(event)}.",
             f"Optimizer: {config.optimizer}, learning rate up to {event['lr']:g}, {config.schedule} schedule.",
         )
@@ -78,9 +78,11 @@ def describe_result(result: TrainResult) -> str:
     if result.interrupted:
         lines.append(f"Stopped by Ctrl-C after step {result.num_steps}; the model was saved as it was then.")
     else:
-        lines.append(f"Done: {result.num_steps} steps in {format_duration(result.wall_s)}.")
+        lines.append(f"Done: {_count(result.num_steps, 'step')} in {format_duration(result.wall_s)}.")
     if result.num_skipped:
-        lines.append(f"{result.num_skipped} steps updated nothing, because their loss or gradient was not finite.")
+        lines.append(
+            f"{_count(result.num_skipped, 'step')} updated nothing, because their loss or gradient was not finite."
+        )
     before, after = result.loss_before, result.loss_after
     if before is not None and after is not None:
         lines.append(
@@ -91,6 +93,10 @@ def describe_result(result: TrainResult) -> str:
     lines.append(f"The model is in {result.model_dir}. Next:")
     lines.append(f"  lowtide generate --model {shlex.quote(str(result.model_dir))} --prompt 'Hello'")
     return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _losses(event: Event) -> str:
