@@ -109,11 +109,24 @@ print(during - before, peak_resident_bytes() - before, resident_bytes() - before
     assert after < 50
 
 
-def test_the_peak_is_in_bytes_on_linux_and_macos(monkeypatch):
-    kib = peak_resident_bytes() // 1024
+def test_the_peak_is_not_inherited_from_the_parent():
+    script = """
+import subprocess, sys
+block = b"x" * (300 << 20)
+child = "from lowtide.planning.hardware import peak_resident_bytes as peak; print(peak())"
+done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
+from lowtide.planning.hardware import peak_resident_bytes
+print(peak_resident_bytes() - int(done.stdout))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) / MIB > 200
+
+
+def test_without_proc_the_unit_is_kib_but_bytes_on_macos(monkeypatch, tmp_path):
+    peak = peak_resident_bytes(root=tmp_path)
+    assert peak >= peak_resident_bytes() * 0.9
     monkeypatch.setattr(hardware.sys, "platform", "darwin")
-    assert peak_resident_bytes() == pytest.approx(kib, rel=0.2)
-    assert peak_resident_bytes() < resident_bytes()
+    assert peak_resident_bytes(root=tmp_path) == pytest.approx(peak / 1024, rel=0.1)
 
 
 def test_cuda_counts_what_torch_holds_but_does_not_use(monkeypatch):

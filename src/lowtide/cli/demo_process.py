@@ -61,8 +61,8 @@ def run_process(task: str, settings: dict[str, Any]) -> dict[str, Any]:
 def own_peak_bytes() -> int:
     """The largest resident set of this process since it began to run its own program.
 
-    ``getrusage`` will not do on Linux: its maximum survives ``exec``, so it would count that of the process which started
-    this one (kernel: ``setmax_mm_hiwater_rss`` in ``exec_mmap``). ``VmHWM`` begins anew.
+    ``getrusage`` will not do on Linux: its maximum survives ``exec``, so it would count that of the process which
+    started this one (kernel: ``setmax_mm_hiwater_rss`` in ``exec_mmap``). ``VmHWM`` begins anew.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")

@@ -1,8 +1,8 @@
 """Models in GGUF files, as ordinary transformers models in the wanted dtype.
 
 transformers reads these files itself (its ``gguf_file=``), and for most architectures that is what happens here too.
-The common ones (Llama, Mistral, Qwen2, Qwen3) are read directly instead, slice by slice, because its reader takes ten times
-as long and twice the memory; a test holds the two to the same weights.
+The common ones (Llama, Mistral, Qwen2, Qwen3) are read directly instead, slice by slice, because its reader takes ten
+times as long and twice the memory; a test holds the two to the same weights.
 
 Quantised weights are dequantised: what is trained, and saved, is an ordinary dense model.
 """
@@ -208,8 +208,8 @@ def _transformers_name(header: GgufHeader, name: str) -> str:
     if match is not None and match.group(2) in _INNER:
         return f"model.layers.{match.group(1)}.{_INNER[match.group(2)]}.{kind}"
     raise ValueError(
-        f"{header.path} has a tensor {name}, which a dense {header.architecture} model does not have; give the model as "
-        "a Hugging Face directory"
+        f"{header.path} has a tensor {name}, which a dense {header.architecture} model does not have; give the model "
+        "as a Hugging Face directory"
     )
 
 

@@ -207,8 +207,8 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"{name} lacks {len(missing)} of the model's weights, the first is {missing[0]}; the checkpoint is incomplete "
-            "or was made for another task"
+            f"{name} lacks {len(missing)} of the model's weights, the first is {missing[0]}; the checkpoint is "
+            "incomplete or was made for another task"
         )
     unexpected = sorted(info["unexpected_keys"])
     if unexpected:
