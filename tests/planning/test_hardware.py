@@ -10,7 +10,6 @@ from lowtide.planning.hardware import (
     available_host_bytes,
     device_available_bytes,
     peak_resident_bytes,
-    resident_bytes,
 )
 
 MIB = 2**20
