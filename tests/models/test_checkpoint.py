@@ -1,3 +1,4 @@
+import huggingface_hub
 import huggingface_hub.errors
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_what_the_hub_answers_is_said_in_one_line(monkeypatch, cause, expected, 
         error = getattr(huggingface_hub.errors, cause)
         raise OSError("nobody/x is not a valid model identifier\nmany\nmore lines") from error.__new__(error)
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", answer)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answer)
     with pytest.raises(expected) as error:
         load_model("nobody/x")
     assert text in one_line(error)
@@ -104,3 +105,35 @@ def test_a_damaged_index_is_named(saved):
 def test_first_line_is_never_empty():
     assert checkpoint.first_line(ValueError("\n  what.\nmore")) == "what"
     assert checkpoint.first_line(KeyError()) == "KeyError"
+
+
+def test_the_hub_is_asked_before_transformers_tries_again_and_again(monkeypatch):
+    class StrangeError(Exception):
+        """Of an HTTP library, so no OSError."""
+
+    def unreachable(*args, **kwargs):
+        raise StrangeError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *args, **kwargs: pytest.fail("asked"))
+    with pytest.raises(ConnectionError) as error:
+        load_model("nobody/x")
+    assert "Name or service not known" in one_line(error)
+
+
+def test_a_model_that_was_downloaded_before_is_not_asked_for(monkeypatch, saved):
+    directory, original = saved
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(directory / file))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: pytest.fail("asked"))
+    opened = transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **kwargs: opened(directory, **kwargs))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **kwargs: loaded(directory, **kwargs)
+    )
+    assert torch.equal(load_model("nobody/x").lm_head.weight, original.lm_head.weight)
+
+
+def test_running_out_of_device_memory_is_not_called_a_bad_model():
+    with pytest.raises(torch.OutOfMemoryError), checkpoint.clear_errors("x", "x", "model"):
+        raise torch.OutOfMemoryError("CUDA out of memory")

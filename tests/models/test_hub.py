@@ -24,7 +24,7 @@ def test_dtypes_by_name(name, dtype):
 
 
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(ValueError, match="float8.*bfloat16"):
+    with pytest.raises(ValueError, match=r"float8.*bfloat16"):
         parse_dtype("float8")
 
 

@@ -84,7 +84,8 @@ def test_everything_is_flushed_to_the_disk_before_the_rename(tmp_path, monkeypat
     ("settings", "kept"),
     [
         ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6}),
-        ({"num_beams": 1, "num_return_sequences": 3}, {}),
+        ({"num_beams": 1, "num_return_sequences": 3}, {"do_sample": True, "num_return_sequences": 3}),
+        ({"cache_implementation": "nonsense", "temperature": 0.6}, {"cache_implementation": None}),
     ],
 )
 def test_a_generation_config_that_contradicts_itself_does_not_stop_the_save(tmp_path, settings, kept):

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 _GET_LOCAL = "give a local directory with the model instead"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -31,6 +33,8 @@ def clear_errors(name: str, source: Path | str, what: str) -> Iterator[None]:
 
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         causes, cause = [error], error
         while (cause := cause.__cause__ or cause.__context__) and cause not in causes:  # type: ignore[assignment]

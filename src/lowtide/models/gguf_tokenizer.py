@@ -1,9 +1,9 @@
 """The tokenizer in a GGUF file.
 
 A GGUF file holds the vocabulary and the merges, but of the pre-tokenizer (how text is cut before merges apply) only a
-name, ``tokenizer.ggml.pre``. transformers ignores that name in older versions and knows some of them in newer ones; a
-model whose digits were trained one by one then sees them joined, and its perplexity suffers. For byte-level
-vocabularies the tokenizer is therefore built here, from the facts below; transformers builds others (SentencePiece).
+name, ``tokenizer.ggml.pre``. transformers ignores that name in older versions and knows some of them, not SmolLM's, in
+newer ones. For byte-level vocabularies the tokenizer is therefore built here, from the facts below; transformers builds
+others (SentencePiece).
 """
 
 from __future__ import annotations

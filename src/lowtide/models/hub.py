@@ -12,7 +12,7 @@ import torch
 from ..log import get_logger
 from ..planning import device_available_bytes, weights_bytes
 from ..units import format_bytes
-from .checkpoint import check_directory, clear_errors
+from .checkpoint import check_directory, clear_errors, first_line
 from .gguf import gguf_config, load_gguf, open_gguf
 from .gguf_tokenizer import load_gguf_tokenizer
 from .saving import save_model
@@ -129,6 +129,7 @@ def _source(name: str) -> Path | str:
 
     Raises:
         FileNotFoundError: it is neither.
+        ConnectionError: the hub cannot be reached to find out.
         ValueError: it is a file, or empty.
     """
     if not name.strip():
@@ -142,7 +143,26 @@ def _source(name: str) -> Path | str:
         raise FileNotFoundError(
             f"model {name} does not exist: there is no such directory, and it is no name on the hub"
         )
+    _ask_hub(name)
     return name
+
+
+def _ask_hub(name: str) -> None:
+    """See that the hub has this model, unless it was downloaded before.
+
+    Without this, transformers tries again for most of a minute where there is no network, and says so every time.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    with clear_errors(name, name, "model"):
+        try:
+            HfApi().model_info(name, timeout=10)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # those of the library it speaks HTTP with, which changes from version to version
+            raise ConnectionError(first_line(error)) from error
 
 
 def _load_config(name: str, source: Path | str, trust_remote_code: bool) -> PreTrainedConfig:
