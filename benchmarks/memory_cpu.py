@@ -3,7 +3,7 @@
     python benchmarks/memory_cpu.py [--methods lomo adalomo adamw-bf16 adamw-fp32] [--steps 2]
 
 Batch 8 x 128 tokens, random weights. AdamW runs with checkpointing of transformers, so that only the method differs. The peak is
-the process's own (ru_maxrss), Python and libraries included. AdamW in float32 needs about 20 GB. A few minutes a method.
+the process's own resident set, Python and libraries included. AdamW in float32 needs about 20 GB. A few minutes a method.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import csv
 import datetime
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -20,12 +19,13 @@ from pathlib import Path
 METHODS = ("lomo", "adalomo", "adamw-bf16", "adamw-fp32")
 
 
-def run_one(method: str, steps: int, micro_batch_size: int, threads: int) -> None:
+def run_one(method: str, steps: int, micro_batch_size: int | None, threads: int) -> None:
     """Train, and print one line of JSON."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import lowtide
+    from lowtide.planning import peak_resident_bytes
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def run_one(method: str, steps: int, micro_batch_size: int, threads: int) -> Non
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_resident_bytes()
     print(json.dumps({"weights_bytes": weights, "peak_bytes": peak, "step_s": seconds[-1], "loss": loss.item()}))
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--micro-batch-size", type=int, default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -91,7 +91,9 @@ def main() -> None:
             )
         for method in options.methods:
             command = [sys.executable, __file__, "--one", method, "--steps", str(options.steps)]
-            command += ["--micro-batch-size", str(options.micro_batch_size), "--threads", str(options.threads)]
+            command += ["--threads", str(options.threads)]
+            if options.micro_batch_size:
+                command += ["--micro-batch-size", str(options.micro_batch_size)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 print(f"{method}: did not finish (exit {result.returncode}): {result.stderr.strip().splitlines()[-1:]}")

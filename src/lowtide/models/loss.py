@@ -24,8 +24,8 @@ from ..log import get_logger
 _logger = get_logger(__name__)
 
 IGNORE_INDEX = -100
-# Float32 logits alive at a time: 16 Mi elements are 64 MiB.
-_MAX_LOGITS = 2**24
+# Float32 logits alive at a time: 4 Mi elements are 16 MiB.
+_MAX_LOGITS = 2**22
 _MIN_SLICE = 1024
 
 
