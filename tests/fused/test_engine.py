@@ -1,6 +1,7 @@
 """What is alive when, the order of calls, and everything that is refused."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -73,6 +74,18 @@ def test_only_block_inputs_are_kept_for_the_backward():
         saved[fused] = sum(size for pointer, size in storages.items() if pointer not in parameters)
         assert loss.requires_grad
     assert saved[True] < 0.2 * saved[False]
+
+
+def test_kept_inputs_die_with_the_backward_though_the_loss_lives_on():
+    model = tiny_model()
+    engine = lowtide.fuse(model, lowtide.Lomo(model.parameters()))
+    inputs = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+    loss = model(**tiny_batch()).loss
+    assert len(inputs) == 3 and all(reference() is not None for reference in inputs)
+    engine.backward(loss)
+    assert loss.item() > 0 and all(reference() is None for reference in inputs)
 
 
 def setup(**options):

@@ -98,15 +98,16 @@ class BlockRunner:
         self._refuse_checkpointing()
         args, kwargs = self._drop_caches(args, kwargs)
         call = _Call(self, args, kwargs)
-        if not (self.slots or any(tensor.requires_grad for tensor in call.tensors)):
-            return call.unflatten_output(tuple(call.run_all(call.tensors)))
+        tensors, call.tensors = call.tensors, []  # only autograd keeps them: the call lives as long as the user's loss
+        if not (self.slots or any(tensor.requires_grad for tensor in tensors)):
+            return call.unflatten_output(tuple(call.run_all(tensors)))
         if any(not earlier.done for earlier in self.calls):
             for slot in self.slots:
                 slot.shared = True  # this block's gradients come in several parts, complete at the end of the pass
         self.calls.add(call)
         # With frozen embeddings no input of the first block requires a gradient: the anchor keeps it in the graph.
         anchor = torch.empty(0, requires_grad=True)
-        return call.unflatten_output(_RunBlock.apply(call, anchor, *call.tensors))
+        return call.unflatten_output(_RunBlock.apply(call, anchor, *tensors))
 
     def _refuse_checkpointing(self) -> None:
         if getattr(self.block, "gradient_checkpointing", False):
