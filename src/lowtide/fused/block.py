@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .replay import RandomState, autocast_state, keep_random_state
+
 if TYPE_CHECKING:
-    from .engine import Engine, _Slot
+    from .engine import Engine
+    from .slot import Slot
 
 # Arguments that hold a cache of keys and values: a recompute would append to them twice, and training needs none.
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -64,7 +65,7 @@ class BlockRunner:
                     "depend on micro_batch_size. Leave this module out of blocks=."
                 )
         self.block, self.engine, self.home, self.micro_batch_size = block, engine, home, micro_batch_size
-        self.slots: list[_Slot] = []
+        self.slots: list[Slot] = []
         self.calls: weakref.WeakSet[_Call] = weakref.WeakSet()  # whose graph is alive
         self.original = block.forward
         self._parameters = inspect.signature(block.forward).parameters
@@ -152,8 +153,8 @@ class _Call:
             len(self.micro_batches) > 1 and self._per_sample(tensor, id(tensor) in over_positions)
             for tensor in self.tensors
         ]
-        self.random_states: list[_RandomState] = []
-        self.autocast = _autocast_state(self.device.type)
+        self.random_states: list[RandomState] = []
+        self.autocast = autocast_state(self.device.type)
         self.done = False  # its gradients have been used
         self.output_spec: Any = None
         self.output_leaves: list[Any] = []
@@ -180,7 +181,7 @@ class _Call:
         home.fetch(block)
         outputs: list[Tensor] = []
         for micro_batch in self.micro_batches:
-            self.random_states.append(_RandomState(self.device))
+            self.random_states.append(RandomState(self.device))
             leaves, spec = pytree.tree_flatten(self.forward(self.slices(tensors, micro_batch)))
             self._collect(outputs, leaves, spec, micro_batch)
         home.release(block)
@@ -252,7 +253,7 @@ class _RunBlock(torch.autograd.Function):
         tensors = list(ctx.saved_tensors)
         grads: list[Tensor | None] = [None] * len(tensors)
         home.fetch(block)
-        with _keep_random_state(call.device), engine.block_backward():
+        with keep_random_state(call.device), engine.block_backward():
             for number, micro_batch in enumerate(call.micro_batches):
                 engine.accumulate(number < len(call.micro_batches) - 1)
                 inputs = _recompute(call, number, tensors, needs_grad, grad_outputs)
@@ -316,37 +317,3 @@ def _gather_grads(
         if whole is None:
             whole = grads[index] = torch.zeros_like(tensors[index])
         whole[micro_batch[0] : micro_batch[1]] = part.grad
-
-
-class _RandomState:
-    """The state of the random generators that a block on ``device`` can draw from, as it is now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.host = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        """Make the generators continue from here."""
-        torch.set_rng_state(self.host)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
-
-
-@contextmanager
-def _keep_random_state(device: torch.device) -> Iterator[None]:
-    """The recompute replays old random numbers; what comes after it continues as if nothing had happened."""
-    state = _RandomState(device)
-    try:
-        yield
-    finally:
-        state.restore()
-
-
-def _autocast_state(device_type: str) -> dict[str, Any]:
-    return {
-        "device_type": device_type,
-        "enabled": torch.is_autocast_enabled(device_type),
-        "dtype": torch.get_autocast_dtype(device_type),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
-    }

@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 
 from ..log import get_logger
 from ..optim import FusibleOptimizer
-from ..optim.base import SIXTEEN_BIT, Prepare
+from ..optim.base import Prepare
 from .block import BlockRunner, Home
 from .checks import check_loss, check_model, check_optimizers
 from .clipping import Clip, GradNorm, clip_coefficient
+from .slot import Slot
 
 _logger = get_logger(__name__)
 
@@ -61,9 +62,7 @@ class Engine:
         self._in_block = False  # set by a block during its own nested backward pass
         self._graph_task: int | None = None
         self._prepare: Prepare | None = None
-        self._slots = {
-            param: _Slot(self, param, optimizer, index) for param, optimizer, index in _trainable(optimizers)
-        }
+        self._slots = {param: Slot(self, param, optimizer, index) for param, optimizer, index in _trainable(optimizers)}
         self._unhooked = [p for o in optimizers for g in o.param_groups for p in g["params"] if not p.requires_grad]
         self._runners = [BlockRunner(block, self, home, micro_batch_size) for block in blocks]
         self._mark_shared()
@@ -247,7 +246,7 @@ class Engine:
         """Whether gradients of the current block are still incomplete: micro-batches other than the last."""
         self._accumulating = more_to_come
 
-    def slots_of(self, module: nn.Module) -> list[_Slot]:
+    def slots_of(self, module: nn.Module) -> list[Slot]:
         """The slots of a module's trainable parameters."""
         return [self._slots[param] for param in module.parameters() if param in self._slots]
 
@@ -273,88 +272,6 @@ class Engine:
         for optimizer in self.optimizers:
             optimizer._close_step = self._close_step
         self.model._lowtide_engine = self  # type: ignore[assignment]
-
-
-class _Slot:
-    """One trainable parameter: its optimizer, its hook, and the gradient it accumulates over micro-batches."""
-
-    __slots__ = ("always_shared", "engine", "group_index", "handle", "optimizer", "param", "shared", "step", "total")
-
-    def __init__(self, engine: Engine, param: Tensor, optimizer: FusibleOptimizer, group_index: int) -> None:
-        self.engine, self.param, self.optimizer, self.group_index = engine, param, optimizer, group_index
-        self.shared = self.always_shared = False
-        self.total: Tensor | None = None  # of the micro-batches so far; float32 for 16-bit parameters
-        self.step = -1
-        self.handle: Any = None
-
-    def attach(self) -> None:
-        self.handle = self.param.register_post_accumulate_grad_hook(self.on_grad)
-
-    def detach(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
-
-    def on_grad(self, param: Tensor) -> None:
-        """The hook: ``param.grad`` has just been written."""
-        engine = self.engine
-        grad = param.grad
-        assert grad is not None
-        if not engine._open:
-            engine.enter_backward(grad)
-        if not engine._in_block and engine._graph_task is not None:
-            self._refuse_nested()
-        param.grad = None
-        if engine._skip:
-            return
-        if engine._accumulating or self.shared:
-            self._accumulate(grad)
-        elif self.total is not None:
-            self._accumulate(grad)
-            self.flush()
-        else:
-            self.apply(grad)
-
-    def _accumulate(self, grad: Tensor) -> None:
-        if self.total is None:
-            self.total = grad.to(torch.float32) if grad.dtype in SIXTEEN_BIT else grad
-        else:
-            self.total.add_(grad)
-
-    def flush(self) -> None:
-        """Use the accumulated gradient, if there is one."""
-        if self.total is not None:
-            grad, self.total = self.total, None
-            self.apply(grad)
-
-    def drop(self) -> None:
-        """Forget the accumulated gradient."""
-        self.total = self.param.grad = None
-
-    def apply(self, grad: Tensor) -> None:
-        """The gradient is complete: measure it, and update unless this is the measuring pass."""
-        engine = self.engine
-        engine._norm.add(grad)
-        if engine._measuring:
-            return
-        if self.step == engine._step:
-            raise RuntimeError(
-                "a parameter got a second gradient in one backward pass, after its update. Its module is used several "
-                "times under reentrant checkpointing or a custom autograd function; use use_reentrant=False, or name the "
-                "blocks: fuse(..., blocks=[...])."
-            )
-        self.step = engine._step
-        group = self.optimizer.param_groups[self.group_index]
-        self.optimizer.update_param(self.param, grad, group, engine._prepare)
-
-    def _refuse_nested(self) -> None:
-        if torch._C._current_graph_task_id() != self.engine._graph_task:
-            self.param.grad = None
-            raise RuntimeError(
-                "a gradient arrived from a nested backward pass: reentrant checkpointing does not work with a fused "
-                "backward (shared modules would be updated with part of their gradient). Use use_reentrant=False, or "
-                "switch checkpointing off: lowtide's blocks recompute their activations already."
-            )
 
 
 def _trainable(optimizers: Sequence[FusibleOptimizer]) -> Iterable[tuple[Tensor, FusibleOptimizer, int]]:

@@ -40,7 +40,8 @@ class DeviceHome:
             on_cpu = [param for param in block.parameters() if param.device.type == "cpu"]
             large = sum(param.numel() * param.element_size() for param in on_cpu) >= _TRIM_FROM_BYTES
             self._large[block] = large
-        if large and (trim := _malloc_trim()) is not None:
+        # Not in evaluation: generating token by token would do it for every block and token.
+        if large and block.training and (trim := _malloc_trim()) is not None:
             trim(0)
 
 

@@ -1,0 +1,44 @@
+"""What a recompute must repeat besides the arithmetic: random numbers and automatic mixed precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class RandomState:
+    """The state of the random generators that a block on ``device`` can draw from, as it is now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        """Make the generators continue from here."""
+        torch.set_rng_state(self.host)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+@contextmanager
+def keep_random_state(device: torch.device) -> Iterator[None]:
+    """The recompute replays old random numbers; what comes after it continues as if nothing had happened."""
+    state = RandomState(device)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+def autocast_state(device_type: str) -> dict[str, Any]:
+    """Arguments for ``torch.autocast`` that repeat what is in force now."""
+    return {
+        "device_type": device_type,
+        "enabled": torch.is_autocast_enabled(device_type),
+        "dtype": torch.get_autocast_dtype(device_type),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
