@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -79,6 +80,11 @@ def fuse(
             "output_router_logits=True adds a router loss that reads inside the blocks, which would get no gradient: set "
             "model.config.output_router_logits = False"
         )
+    if found and (shared := _kv_shared_layers(model)):
+        raise ValueError(
+            f"{shared} layers of this model reuse the keys and values of earlier ones, which recomputed blocks cannot pass on: "
+            "use fuse(..., blocks=[])"
+        )
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     engine = Engine(
         model,
@@ -93,3 +99,9 @@ def fuse(
         loss.install()
         engine.chunked_loss = loss
     return engine
+
+
+def _kv_shared_layers(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_kv_shared_layers", None) or 0

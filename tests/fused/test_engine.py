@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from collections import UserDict
 
 import pytest
 import torch
@@ -178,10 +179,11 @@ def test_forward_passes_that_are_thrown_away_do_no_harm():
     watcher = Watcher(model, optimizer, engine)
     engine.backward(model(**tiny_batch()).loss)
     assert watcher.blocks_seen == 1
-    kept = model(**tiny_batch(1)).loss  # alive: its blocks might still get gradients, so the sums wait for the end
+    kept = model(**tiny_batch(1)).loss  # alive: until the step is closed its blocks might still get gradients
     optimizer.step()
+    assert kept.requires_grad and not any(slot.shared for slot in engine._slots.values())
     engine.backward(model(**tiny_batch()).loss)
-    assert kept.requires_grad
+    assert watcher.blocks_seen == 1
 
 
 def test_two_forward_passes_in_one_loss_are_one_step():
@@ -258,6 +260,14 @@ def test_misuse_is_refused_with_advice():
     optimizer.zero_grad()
     lowtide.fuse(model, optimizer)
     with pytest.raises(RuntimeError, match="already"):
+        lowtide.fuse(model, lowtide.Lomo(model.parameters()))
+
+
+def test_several_processes_are_refused_whatever_the_order_of_wrapping(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model = tiny_model()
+    with pytest.raises(ValueError, match="2 processes"):
         lowtide.fuse(model, lowtide.Lomo(model.parameters()))
 
 
@@ -373,3 +383,133 @@ def test_a_block_output_that_cannot_be_joined_is_refused():
     lowtide.fuse(model, lowtide.Lomo(model.parameters()), blocks=["block"], micro_batch_size=1)
     with pytest.raises(ValueError, match="micro_batch_size=None"):
         model["block"](torch.randn(3, 4))
+
+
+def test_gradients_of_inputs_alone_do_not_train():
+    model, _, engine = setup()
+    before = Snapshot(model)
+    embeds = model.model.embed_tokens(tiny_batch()["input_ids"]).detach().requires_grad_()
+    loss = model(inputs_embeds=embeds, labels=tiny_batch()["labels"]).loss
+    with pytest.raises(RuntimeError, match=r"autograd\.grad"):
+        torch.autograd.grad(loss, embeds)
+    assert same_weights(before, model)
+    engine.backward(model(**tiny_batch()).loss)
+    assert not same_weights(before, model)
+
+
+def test_a_group_added_while_fused_is_refused():
+    _, optimizer, engine = setup()
+    extra = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match="fuse the model again"):
+        optimizer.add_param_group({"params": [extra]})
+    engine.remove()
+    optimizer.add_param_group({"params": [extra]})
+
+
+def test_a_loss_from_before_the_last_step_is_refused():
+    model, optimizer, engine = setup()
+    stale = model(**tiny_batch(1)).loss
+    engine.backward(model(**tiny_batch(0)).loss)
+    optimizer.step()
+    before = Snapshot(model)
+    with pytest.raises(RuntimeError):  # ours, or autograd's own if it meets a changed weight outside the blocks first
+        engine.backward(stale)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
+
+
+def test_a_regulariser_on_block_weights_is_explained():
+    def regularised(model):
+        return model(**tiny_batch()).loss + 1e-3 * sum(p.square().sum() for p in model.parameters())
+
+    model, _, engine = setup()
+    with pytest.raises(RuntimeError, match=r"blocks=\[\]"):
+        engine.backward(regularised(model))
+    model, plain = tiny_model(), tiny_model()
+    lowtide.fuse(model, lowtide.Lomo(model.parameters(), lr=0.1), blocks=[], chunked_loss=False).backward(
+        regularised(model)
+    )
+    regularised(plain).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert same_weights(model, plain)
+
+
+def test_a_gradient_that_is_not_finite_is_reported():
+    model, _, engine = setup()
+    model.model.layers[1].mlp.up_proj.weight.register_hook(lambda grad: grad * float("nan"))
+    engine.backward(model(**tiny_batch()).loss)
+    assert engine.step_partial and not engine.step_skipped
+
+
+def test_float16_autocast_is_refused():
+    model, _, _ = setup()
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(RuntimeError, match="bfloat16"):
+        model(**tiny_batch())
+
+
+class TimeMajor(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.encoder(x).square().mean()
+
+
+def test_blocks_that_do_not_have_the_batch_first_are_refused():
+    model = TimeMajor(batch_first=False)
+    optimizer = lowtide.Lomo(model.parameters())
+    with pytest.raises(ValueError, match="batch_first"):
+        lowtide.fuse(model, optimizer, blocks=["encoder.layers"], micro_batch_size=2)
+    model = TimeMajor(batch_first=True)
+    plain, x = twin(model), torch.randn(4, 5, 16)
+    engine = lowtide.fuse(
+        model, lowtide.Lomo(model.parameters(), lr=0.1), blocks=["encoder.layers"], micro_batch_size=2
+    )
+    engine.backward(model(x))
+    plain(x).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+class Biased(nn.Module):
+    """Attention-like: a bias over heads whose number happens to be the batch size."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, position_bias):
+        return self.layer(x) * position_bias.sum()
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_biases_over_heads_are_not_cut_with_the_batch(positional):
+    model = nn.ModuleDict({"block": Biased()})
+    x, bias = torch.randn(4, 3, 4), torch.arange(4.0).view(4, 1, 1)
+    expected = model["block"](x, bias)
+    lowtide.fuse(model, lowtide.Lomo(model.parameters()), blocks=["block"], micro_batch_size=1)
+    found = model["block"](x, bias) if positional else model["block"](x, position_bias=bias)
+    torch.testing.assert_close(found, expected)
+
+
+class Passing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, shared):
+        shared["x"] = self.layer(x)
+        return shared["x"]
+
+
+def test_blocks_that_pass_tensors_on_the_side_are_refused():
+    model = nn.ModuleDict({"block": Passing()})
+    lowtide.fuse(model, lowtide.Lomo(model.parameters()), blocks=["block"])
+    with pytest.raises(ValueError, match=r"blocks=\[\]"):
+        model["block"](torch.randn(2, 4), UserDict())
+    model = tiny_model()
+    model.config.num_kv_shared_layers = 2
+    with pytest.raises(ValueError, match="2 layers"):
+        lowtide.fuse(model, lowtide.Lomo(model.parameters()))

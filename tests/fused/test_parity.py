@@ -217,7 +217,7 @@ def test_bfloat16_micro_batches_accumulate_in_float32():
     with torch.no_grad():
         for value in starts.values():
             value.copy_(value.bfloat16())
-    errors = {}
+    errors, dtypes = {}, {}
     train(exact, lambda p: torch.optim.SGD(p, lr=1.0), num_steps=1)
     for micro_batch_size in (1, None):
         model = tiny_model(dtype=torch.bfloat16)
@@ -229,6 +229,7 @@ def test_bfloat16_micro_batches_accumulate_in_float32():
 
         def spy(param, grad, group, prepare=None, names=names, collected=collected, original=original):
             collected[names[param]] = grad.float().clone()
+            dtypes[names[param]] = grad.dtype
             original(param, grad, group, prepare)
 
         optimizer.update_param = spy
@@ -237,6 +238,7 @@ def test_bfloat16_micro_batches_accumulate_in_float32():
         optimizer.step()
         reference = {n: b.float() - e for (n, e), b in zip(exact.named_parameters(), before.parameters(), strict=True)}
         block = [n for n in collected if "layers" in n]
+        assert {dtypes[n] for n in block} == {torch.float32 if micro_batch_size else torch.bfloat16}
         errors[micro_batch_size] = sum((collected[n] - reference[n]).norm().item() for n in block)
     assert errors[1] < 1.5 * errors[None]
 
@@ -268,6 +270,23 @@ def test_two_pass_clipping_is_clip_grad_norm():
         engine.backward(models[1](**tiny_batch(step)).loss)
         lomo.step()
         assert norm > 0.3 and engine.grad_norm == pytest.approx(norm, rel=1e-5)
+    assert largest_difference(*models) < TOLERANCE[torch.float32]
+
+
+def test_both_kinds_of_clipping_are_torchs_one_after_the_other():
+    models = [tiny_model() for _ in range(2)]
+    sgd = torch.optim.SGD(models[0].parameters(), lr=0.1)
+    lomo = lowtide.Lomo(models[1].parameters(), lr=0.1)
+    engine = lowtide.fuse(models[1], lomo, clip_grad_value=1e-3, clip_grad_norm=0.05, chunked_loss=False)
+    for step in range(5):
+        models[0](**tiny_batch(step)).loss.backward()
+        nn.utils.clip_grad_value_(models[0].parameters(), 1e-3)
+        norm = nn.utils.clip_grad_norm_(models[0].parameters(), 0.05).item()
+        sgd.step()
+        sgd.zero_grad()
+        engine.backward(models[1](**tiny_batch(step)).loss)
+        lomo.step()
+        assert norm > 0.05 and engine.grad_norm == pytest.approx(norm, rel=1e-5)
     assert largest_difference(*models) < TOLERANCE[torch.float32]
 
 

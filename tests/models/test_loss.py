@@ -165,6 +165,49 @@ def test_a_head_that_is_not_understood_keeps_the_models_own_loss():
         causal_lm_loss(model, **tiny_batch())
 
 
+def test_autocast_gradients_are_as_good_as_the_plain_way():
+    hidden, weight, labels = torch.randn(64, 128), torch.randn(1000, 128) / 4, torch.randint(1000, (64,))
+    _, exact = loss_and_grads(lambda t: functional.cross_entropy(t[0] @ t[1].t(), labels), (hidden, weight))
+
+    def under_autocast(function):
+        def call(tensors):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return function(tensors)
+
+        return loss_and_grads(call, (hidden, weight))[1]
+
+    plain = under_autocast(lambda t: functional.cross_entropy((t[0] @ t[1].t()).float(), labels))
+    ours = under_autocast(lambda t: linear_cross_entropy(t[0], t[1], labels))
+    for a, b, e in zip(ours, plain, exact, strict=True):
+        assert a.dtype == torch.float32 and (a - e).norm() < 1.2 * (b - e).norm()
+
+
+def test_a_forward_that_was_replaced_before_comes_back():
+    model = tiny_model()
+    own = model.forward
+    model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    replaced = model.forward
+    loss = ChunkedLoss.of(model)
+    loss.install()
+    assert model.forward != replaced
+    loss.remove()
+    assert model.forward is replaced
+
+
+def test_a_model_without_a_loss_of_its_own_is_left_alone():
+    model = tiny_model()
+    own = model.forward
+    model.forward = lambda *args, labels=None, **kwargs: own(*args, **kwargs)
+    assert ChunkedLoss.of(model) is None
+
+
+def test_router_loss_asked_for_in_the_call_is_refused():
+    model = tiny_model("qwen3_moe")
+    ChunkedLoss.of(model).install()
+    with pytest.raises(ValueError, match="router"):
+        model(**tiny_batch(), output_router_logits=True)
+
+
 def test_num_items_in_batch_is_the_divisor():
     model, batch = tiny_model(), tiny_batch()
     mean = causal_lm_loss(model, **batch)

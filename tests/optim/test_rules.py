@@ -233,3 +233,49 @@ def test_lomo_agrees_with_lomo_optim():
     ours = torch.nn.Parameter(start.clone())
     step_with(lowtide.Lomo([ours], lr=0.05), ours, inputs)
     torch.testing.assert_close(ours.detach(), theirs.weight.detach())
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps its step count in the parameter group, as several published optimizers do."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "k": 0})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            group["extra"] = group.get("extra", 0) + 1
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.data.add_(param.grad, alpha=-group["lr"] / (group["k"] * group["extra"]))
+
+
+def test_per_parameter_keeps_what_a_class_counts_in_its_group():
+    def new():
+        return [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
+
+    def run(params, optimizer, steps):
+        for _ in range(steps):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+
+    alone, ours = new(), new()
+    run(alone, Counting(alone), 4)
+    first = lowtide.PerParameter(Counting, ours, lr=0.1)
+    run(ours, first, 2)
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    second = lowtide.PerParameter(Counting, resumed, lr=0.1)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(resumed, second, 2)
+    assert all(torch.equal(a, b) for a, b in zip(alone, resumed, strict=True))
+    run(ours, first, 2)
+    assert all(torch.equal(a, b) for a, b in zip(alone, ours, strict=True))
+
+
+def test_per_parameter_can_be_copied():
+    param = torch.nn.Parameter(torch.ones(3))
+    copied = copy.deepcopy(lowtide.PerParameter(torch.optim.AdamW, [param], lr=0.1))
+    inside = copied.param_groups[0]["params"][0]
+    step_with(copied, inside, [torch.ones(3)])
+    assert (inside.detach() < 1).all() and (param.detach() == 1).all()

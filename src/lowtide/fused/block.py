@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import MutableMapping, MutableSequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 # Arguments that hold a cache of keys and values: a recompute would append to them twice, and training needs none.
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
-# One-dimensional arguments that run over positions, not samples; where B equals the sequence length shapes cannot tell.
-_POSITION_ARGUMENTS = ("cache_position",)
+# Arguments that run over positions or heads, not samples; where B happens to equal their first dimension, shapes cannot tell.
+_POSITION_ARGUMENTS = ("cache_position", "alibi", "position_bias")
 
 
 class Home(Protocol):
@@ -64,11 +65,16 @@ class BlockRunner:
                     f"a block cannot hold a batch norm ({name}): its statistics would be counted twice in the recompute and "
                     "depend on micro_batch_size. Leave this module out of blocks=."
                 )
+            if getattr(module, "batch_first", True) is False and micro_batch_size is not None:
+                raise ValueError(
+                    f"{name or type(block).__name__} takes the sequence in the first dimension (batch_first=False), which would be "
+                    "cut instead of the batch: use batch_first=True, or micro_batch_size=None"
+                )
         self.block, self.engine, self.home, self.micro_batch_size = block, engine, home, micro_batch_size
         self.slots: list[Slot] = []
         self.calls: weakref.WeakSet[_Call] = weakref.WeakSet()  # whose graph is alive
         self.original = block.forward
-        self._parameters = inspect.signature(block.forward).parameters
+        self.parameters = inspect.signature(block.forward).parameters
         self._replaced: Any = None
 
     def install(self) -> None:
@@ -97,6 +103,10 @@ class BlockRunner:
             self.home.release(self.block)
             return output
         self._refuse_checkpointing()
+        if any(autocast_state(device)["dtype"] == torch.float16 for device in _autocast_devices()):
+            raise RuntimeError(
+                "float16 autocast needs a loss scaler, which this version has not: use bfloat16 autocast"
+            )
         args, kwargs = self._drop_caches(args, kwargs)
         call = _Call(self, args, kwargs)
         tensors, call.tensors = call.tensors, []  # only autograd keeps them: the call lives as long as the user's loss
@@ -119,13 +129,17 @@ class BlockRunner:
 
     def _drop_caches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {name: None if name in _CACHE_ARGUMENTS else value for name, value in kwargs.items()}
-        names = list(self._parameters)[: len(args)]
+        names = list(self.parameters)[: len(args)]
         if any(name in _CACHE_ARGUMENTS for name in names):
             args = tuple(
                 None if index < len(names) and names[index] in _CACHE_ARGUMENTS else value
                 for index, value in enumerate(args)
             )
         return args, kwargs
+
+
+def _autocast_devices() -> list[str]:
+    return [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
 
 
 class _Call:
@@ -140,6 +154,12 @@ class _Call:
             self.leaves[index] = (
                 None  # autograd keeps the tensors; holding them here too would outlive the backward pass
             )
+        for leaf in self.leaves:
+            if isinstance(leaf, MutableMapping | MutableSequence):
+                raise ValueError(
+                    f"{type(runner.block).__name__} is handed a {type(leaf).__name__}, through which blocks pass each other tensors "
+                    "that carry no gradient here: use fuse(..., blocks=[])"
+                )
         if not self.tensors:
             raise ValueError(f"{type(runner.block).__name__} was called without a tensor: it cannot be a block")
         first = self.tensors[0]
@@ -148,13 +168,15 @@ class _Call:
         size = runner.micro_batch_size or self.batch_size
         starts = range(0, self.batch_size, size) if self.batch_size > size else (0,)
         self.micro_batches = [(start, min(start + size, self.batch_size)) for start in starts]
-        over_positions = [id(kwargs[name]) for name in _POSITION_ARGUMENTS if name in kwargs]
+        named = {**dict(zip(runner.parameters, args, strict=False)), **kwargs}
+        over_positions = [id(named[name]) for name in _POSITION_ARGUMENTS if name in named]
         self.split = [
             len(self.micro_batches) > 1 and self._per_sample(tensor, id(tensor) in over_positions)
             for tensor in self.tensors
         ]
         self.random_states: list[RandomState] = []
         self.autocast = autocast_state(self.device.type)
+        self.step = runner.engine.step_number
         self.done = False  # its gradients have been used
         self.output_spec: Any = None
         self.output_leaves: list[Any] = []
@@ -247,13 +269,14 @@ class _RunBlock(torch.autograd.Function):
         if not given:
             return (None,) * (2 + len(needs_grad))
         engine, home, block = call.runner.engine, call.runner.home, call.runner.block
+        _check_backward(call)
         engine.enter_backward(given[0])
         if engine.skipping:
             return (None,) * (2 + len(needs_grad))
         tensors = list(ctx.saved_tensors)
         grads: list[Tensor | None] = [None] * len(tensors)
         home.fetch(block)
-        with keep_random_state(call.device), engine.block_backward():
+        with keep_random_state(call.device), engine.block_backward(call.runner):
             for number, micro_batch in enumerate(call.micro_batches):
                 engine.accumulate(number < len(call.micro_batches) - 1)
                 inputs = _recompute(call, number, tensors, needs_grad, grad_outputs)
@@ -267,6 +290,18 @@ class _RunBlock(torch.autograd.Function):
             home.write_back(block)
             call.done = True
         return (None, None, *grads)
+
+
+def _check_backward(call: _Call) -> None:
+    if not torch.autograd._is_checkpoint_valid():  # type: ignore[attr-defined,unused-ignore]
+        raise RuntimeError(
+            "torch.autograd.grad() and backward(inputs=...) would update the weights of a fused model: call engine.remove() "
+            "first, or compute these gradients on a copy that is not fused"
+        )
+    if call.step != call.runner.engine.step_number:
+        raise RuntimeError(
+            "this loss was computed before the last step(), with weights that have changed since: run the model again"
+        )
 
 
 def _recompute(

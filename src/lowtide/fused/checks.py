@@ -24,7 +24,13 @@ def check_model(model: nn.Module) -> None:
     if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
         raise ValueError(
             f"the model is wrapped in {wrapper}, which reduces gradients after a fused backward has used them, so that the "
-            "ranks would drift apart. Fuse the bare model (model.module)."
+            "ranks would drift apart. Train in one process with the bare model (model.module)."
+        )
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            f"{distributed.get_world_size()} processes take part, and this version does not exchange gradients between them, so "
+            "that the ranks would drift apart: train in one process"
         )
     if getattr(model, "_lowtide_engine", None) is not None:
         raise RuntimeError("this model is fused already: call engine.remove() on its engine first")

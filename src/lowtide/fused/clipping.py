@@ -26,7 +26,9 @@ class GradNorm:
         self._value = value
 
     def add(self, grad: Tensor) -> None:
-        """Take in one complete gradient, any shape."""
+        """Take in one complete gradient, any shape; nothing to do if the norm is known already."""
+        if self._value is not None:
+            return
         if grad.dtype in (torch.bfloat16, torch.float16):
             self._norms.append(_norm_16bit(grad))
         else:

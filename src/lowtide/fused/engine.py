@@ -34,6 +34,8 @@ class Engine:
     Attributes:
         step_skipped: the last backward pass updated nothing, because the loss or the gradient norm was not finite.
         num_skipped_steps: how often that has happened.
+        step_partial: the last ``engine.backward`` met a gradient that was not finite, after a loss that was; weights were
+            updated with it. With ``clip_grad_norm`` this cannot happen: such a step is skipped.
     """
 
     def __init__(
@@ -52,14 +54,15 @@ class Engine:
         self.model, self.optimizers = model, tuple(optimizers)
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self.step_skipped, self.num_skipped_steps = False, 0
+        self.step_partial = False
         self._norm = GradNorm()
         self._step = 0  # number of the current step; a slot remembers the last one that updated it
         self._open = False  # a backward pass is under way, or was broken off
         self._waiting: set[Optimizer] = set()  # have not closed the step of the last backward pass
         self._measuring = False  # first of two passes: collect the norm, update nothing
         self._skip = False  # drop every gradient of this pass
-        self._accumulating = False  # set by a block while micro-batches other than the last go through it
-        self._in_block = False  # set by a block during its own nested backward pass
+        self._running: BlockRunner | None = None  # the block whose nested backward passes are under way
+        self._accumulating = False  # micro-batches other than the last go through it
         self._graph_task: int | None = None
         self._prepare: Prepare | None = None
         self._slots = {param: Slot(self, param, optimizer, index) for param, optimizer, index in _trainable(optimizers)}
@@ -91,21 +94,27 @@ class Engine:
             self._skip_step(f"the loss is {value}")
             self._close_backward()
             return
-        coefficient = 1.0
+        coefficient, measured = 1.0, None
         if self.clip_grad_norm is not None:
             norm = self._measure(loss)
             if not math.isfinite(norm):
                 self._skip_step(f"the gradient norm is {norm}")
                 self._close_backward()
                 return
-            coefficient = clip_coefficient(norm, self.clip_grad_norm)
-        self._begin(coefficient)
+            coefficient, measured = clip_coefficient(norm, self.clip_grad_norm), self._norm
+        self._begin(coefficient, measured)
         self._run(loss)
         self._close_backward()
+        if not math.isfinite(self._norm.value()):
+            self.step_partial = True
+            _logger.warning("a gradient was not finite though the loss was: weights were updated with it in this step")
 
     @property
     def grad_norm(self) -> float | None:
-        """2-norm of all gradients of the last backward pass, before clipping; None before the first, NaN if skipped early."""
+        """2-norm of all gradients of the last backward pass; None before the first, NaN if the loss was not finite.
+
+        It is measured before clipping, except that with both kinds of clipping, values are clamped before the norm is taken.
+        """
         if self._step == 0 and not self._waiting:
             return None
         return self._norm.value()
@@ -144,10 +153,10 @@ class Engine:
             self._skip_step("the gradient of the loss is not finite")
         Variable._execution_engine.queue_callback(self._close_backward)
 
-    def _begin(self, coefficient: float = 1.0) -> None:
-        self._open, self._skip, self.step_skipped = True, False, False
+    def _begin(self, coefficient: float = 1.0, measured: GradNorm | None = None) -> None:
+        self._open, self._skip, self.step_skipped, self.step_partial = True, False, False, False
         self._graph_task = None
-        self._norm = GradNorm()
+        self._norm = measured or GradNorm()
         clips = self.clip_grad_value is not None or coefficient != 1.0
         self._prepare = Clip(self.clip_grad_value, coefficient) if clips else None
 
@@ -184,8 +193,7 @@ class Engine:
     @torch.no_grad()
     def _finish_shared(self) -> None:
         for slot in self._slots.values():
-            if slot.shared:
-                slot.flush()
+            slot.flush()
 
     def _skip_step(self, why: str) -> None:
         self._skip = self.step_skipped = True
@@ -214,7 +222,7 @@ class Engine:
                 slot.drop()  # left behind by a backward pass that was broken off
         if any(param.grad is not None for param in self._unhooked):
             raise RuntimeError("a parameter was unfrozen after fuse(), so nothing updates it: fuse the model again")
-        self._open = self._accumulating = self._in_block = False
+        self._open = self._accumulating = False
         self._waiting.discard(optimizer)
         if not self._waiting:
             self._step += 1
@@ -222,6 +230,11 @@ class Engine:
                 runner.close_step()
 
     # What blocks do with it -----------------------------------------------------------------------------------------
+
+    @property
+    def step_number(self) -> int:
+        """How many steps have been closed."""
+        return self._step
 
     @property
     def skipping(self) -> bool:
@@ -234,13 +247,13 @@ class Engine:
         return self._measuring
 
     @contextmanager
-    def block_backward(self) -> Iterator[None]:
+    def block_backward(self, runner: BlockRunner) -> Iterator[None]:
         """Around the nested backward passes of one block."""
-        self._in_block = True
+        self._running = runner
         try:
             yield
         finally:
-            self._in_block = self._accumulating = False
+            self._running, self._accumulating = None, False
 
     def accumulate(self, more_to_come: bool) -> None:
         """Whether gradients of the current block are still incomplete: micro-batches other than the last."""
@@ -256,6 +269,7 @@ class Engine:
         for runner in self._runners:
             runner.slots = self.slots_of(runner.block)
             for slot in runner.slots:
+                slot.runner = runner
                 seen[slot.param] = seen.get(slot.param, 0) + 1
         inside = {id(module) for runner in self._runners for module in runner.block.modules()}
         for module in self.model.modules():

@@ -15,13 +15,14 @@ class RandomState:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.host = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.accelerator = torch.get_device_module(device) if device.type != "cpu" else None
+        self.accelerator_state = self.accelerator.get_rng_state(device) if self.accelerator is not None else None
 
     def restore(self) -> None:
         """Make the generators continue from here."""
         torch.set_rng_state(self.host)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+        if self.accelerator is not None:
+            self.accelerator.set_rng_state(self.accelerator_state, self.device)
 
 
 @contextmanager

@@ -11,19 +11,32 @@ from ..optim import FusibleOptimizer
 from ..optim.base import SIXTEEN_BIT
 
 if TYPE_CHECKING:
+    from .block import BlockRunner
     from .engine import Engine
 
 
 class Slot:
     """One trainable parameter: its optimizer, its hook, and the gradient it accumulates over micro-batches."""
 
-    __slots__ = ("always_shared", "engine", "group_index", "handle", "optimizer", "param", "shared", "step", "total")
+    __slots__ = (
+        "always_shared",
+        "engine",
+        "group_index",
+        "handle",
+        "optimizer",
+        "param",
+        "runner",
+        "shared",
+        "step",
+        "total",
+    )
 
     def __init__(self, engine: Engine, param: Tensor, optimizer: FusibleOptimizer, group_index: int) -> None:
         self.engine, self.param, self.optimizer, self.group_index = engine, param, optimizer, group_index
         self.shared = self.always_shared = False
         self.total: Tensor | None = None  # of the micro-batches so far; float32 for 16-bit parameters
         self.step = -1
+        self.runner: BlockRunner | None = None  # of the block it belongs to
         self.handle: Any = None
 
     def attach(self) -> None:
@@ -41,12 +54,13 @@ class Slot:
         assert grad is not None
         if not engine._open:
             engine.enter_backward(grad)
-        if not engine._in_block and engine._graph_task is not None:
+        in_its_block = engine._running is not None and engine._running is self.runner
+        if not in_its_block and not self.shared and engine._graph_task is not None:
             self._refuse_nested()
         param.grad = None
         if engine._skip:
             return
-        if engine._accumulating or self.shared:
+        if self.shared or (in_its_block and engine._accumulating):
             self._accumulate(grad)
         elif self.total is not None:
             self._accumulate(grad)
@@ -73,14 +87,16 @@ class Slot:
     def apply(self, grad: Tensor) -> None:
         """The gradient is complete: measure it, and update unless this is the measuring pass."""
         engine = self.engine
+        if engine._measuring and engine.clip_grad_value is not None:
+            grad.clamp_(-engine.clip_grad_value, engine.clip_grad_value)  # the norm is that of what will be applied
         engine._norm.add(grad)
         if engine._measuring:
             return
         if self.step == engine._step:
             raise RuntimeError(
-                "a parameter got a second gradient in one backward pass, after its update. Its module is used several "
-                "times under reentrant checkpointing or a custom autograd function; use use_reentrant=False, or name the "
-                "blocks: fuse(..., blocks=[...])."
+                "a parameter got a second gradient in one backward pass, after its update. Either the loss uses weights of a "
+                "block directly (a regulariser): use fuse(..., blocks=[]). Or its module is used several times under "
+                "reentrant checkpointing: use use_reentrant=False."
             )
         self.step = engine._step
         group = self.optimizer.param_groups[self.group_index]

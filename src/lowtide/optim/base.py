@@ -42,6 +42,10 @@ class FusibleOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch; its options are checked."""
+        if self._close_step is not None:
+            raise RuntimeError(
+                "this optimizer is fused, and a new group would never be updated: fuse the model again after adding it"
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self._check_group(group)

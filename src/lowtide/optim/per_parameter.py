@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from .base import SIXTEEN_BIT, FusibleOptimizer, Prepare, prepared
 
 _OURS = ("rounding", "rounding_seed")
+_GROUP = "group"  # where a parameter's state keeps what the class counts in its parameter group
 
 
 class PerParameter(FusibleOptimizer):
@@ -52,13 +53,17 @@ class PerParameter(FusibleOptimizer):
             raise TypeError(f"{optimizer_class.__name__} can be fused as it is: use it without PerParameter")
         self.optimizer_class = optimizer_class
         self._inner: dict[Tensor, Optimizer] = {}
+        self._passed: dict[Tensor, dict[str, Any]] = {}  # the group's options as they were handed on last
         # An instance over a stand-in fills in the defaults of the class and checks the options.
         defaults = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options).defaults
         super().__init__(params, {**defaults, "rounding": rounding, "rounding_seed": rounding_seed})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._inner = {}  # made anew around the loaded state when next needed
+        self._inner, self._passed = {}, {}  # made anew around the loaded state when next needed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizer_class": self.optimizer_class}
 
     def update_param(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None = None) -> None:
         """See :meth:`FusibleOptimizer.update_param`. For 16-bit parameters, one float32 copy of this one is made."""
@@ -66,7 +71,7 @@ class PerParameter(FusibleOptimizer):
         if inner is None:
             inner = self._inner[param] = self._make_inner(param, group)
         inner_group = inner.param_groups[0]
-        inner_group.update({name: value for name, value in group.items() if name not in ("params", *_OURS)})
+        self._pass_options(param, group, inner_group)
         proxy = inner_group["params"][0]
         sixteen_bit = param.dtype in SIXTEEN_BIT
         if sixteen_bit:
@@ -82,12 +87,25 @@ class PerParameter(FusibleOptimizer):
             param.grad = kept
         state = self.state[param]
         state.update(inner.state[proxy])
+        if own := _own_entries(inner_group, group):
+            state[_GROUP] = own
+
+    def _pass_options(self, param: Tensor, group: dict[str, Any], inner_group: dict[str, Any]) -> None:
+        """Hand on what changed in the group; what the class itself counts in its group is left alone."""
+        passed = self._passed.setdefault(param, {})
+        for name, value in group.items():
+            if name not in ("params", *_OURS) and (name not in passed or passed[name] is not value):
+                if name in passed or name not in self.state[param].get(_GROUP, {}):
+                    inner_group[name] = value
+                passed[name] = value
 
     def _make_inner(self, param: Tensor, group: dict[str, Any]) -> Optimizer:
         options = {name: value for name, value in group.items() if name in self.defaults and name not in _OURS}
         proxy = torch.nn.Parameter(param.detach().to(torch.float32)) if param.dtype in SIXTEEN_BIT else param
         inner = self.optimizer_class([proxy], **_constructor_options(self.optimizer_class, options))
-        loaded = {name: value for name, value in self.state.get(param, {}).items() if name != "rounding_step"}
+        saved = self.state.get(param, {})
+        inner.param_groups[0].update(saved.get(_GROUP, {}))
+        loaded = {name: value for name, value in saved.items() if name not in ("rounding_step", _GROUP)}
         if loaded:
             inner.state[proxy] = loaded
         return inner
@@ -96,6 +114,15 @@ class PerParameter(FusibleOptimizer):
         state = self.state[param]
         step = state["rounding_step"] = state.get("rounding_step", 0) + 1
         self._writer(param, group, step)(param, value, 0)
+
+
+def _own_entries(inner_group: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """What the class has put into, or changed in, its own parameter group."""
+    return {
+        name: value
+        for name, value in inner_group.items()
+        if name != "params" and (name not in group or group[name] is not value)
+    }
 
 
 def _constructor_options(optimizer_class: type[Optimizer], options: dict[str, Any]) -> dict[str, Any]:
