@@ -25,12 +25,20 @@ The same as a file, `lowtide train --config run.yaml`, where flags given as well
   lr: 5.0e-4
   max_steps: 200
 
+Which learning rate? Add --find-lr to the same command: it tries some for a few minutes and says which to use.
+
 What a run used is in OUTPUT/config.yaml, which --config takes again. Paths are relative to where you are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags: one for each field of ``TrainConfig``, and ``--config``."""
     add_dataclass_arguments(parser, TrainConfig, GROUPS)
+    parser.add_argument(
+        "--find-lr",
+        action="store_true",
+        help="train nothing; try learning rates on this model and data with these settings, recommend one, and write the "
+        "curve beside the output directory (OUTPUT.find-lr.png and .json)",
+    )
     parser.usage = "%(prog)s --model NAME --data FILE [FILE ...] --output DIR [--config FILE] [settings]"
     parser.epilog = _EPILOG
 
@@ -43,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
     from .quiet import quiet_libraries
 
     quiet_libraries()
+    if args.find_lr:
+        from .find_lr import run_find_lr
+
+        return run_find_lr(config, args)
 
     def on_event(event: Event) -> None:
         if event["event"] == "config":

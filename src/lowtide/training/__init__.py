@@ -14,12 +14,15 @@ from .schedule import make_schedule
 
 if TYPE_CHECKING:
     from .progress import ConsoleProgress
+    from .range_test import LrFinding, find_lr
     from .setup import resolve_device
     from .trainer import TrainResult, train
 
 _LATER = {
     "ConsoleProgress": "progress",
+    "LrFinding": "range_test",
     "TrainResult": "trainer",
+    "find_lr": "range_test",
     "resolve_device": "setup",
     "train": "trainer",
 }
@@ -29,8 +32,10 @@ __all__ = [
     "Event",
     "EventLog",
     "Listener",
+    "LrFinding",
     "TrainConfig",
     "TrainResult",
+    "find_lr",
     "make_schedule",
     "read_events",
     "resolve_device",

@@ -40,7 +40,7 @@ class EventLog:
 
     def __call__(self, event: Event) -> None:
         """Append one event. Not a number and infinity become null, because JSON has neither."""
-        self._file.write(json.dumps(_finite(event), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(event), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -63,11 +63,12 @@ def read_events(path: str | Path, kind: str | None = None) -> list[Event]:
     return [event for event in events if kind is None or event["event"] == kind]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have, inside lists and dictionaries as well."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -100,7 +100,7 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
     """
     config.validate()
     output = check_output(config.output)
-    run = _prepare(config, output)
+    run = prepare(config, output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     with ExitStack() as stack:
@@ -128,8 +128,8 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
     return result
 
 
-def _prepare(config: TrainConfig, output: Path) -> _Run:
-    """Everything that can be refused, in order of its cost; nothing is written yet."""
+def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = None) -> _Run:
+    """Everything that can be refused, in order of its cost; nothing is written yet. ``model`` saves loading it."""
     device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -137,7 +137,8 @@ def _prepare(config: TrainConfig, output: Path) -> _Run:
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     data = encode_data(config, records, held_out, tokenizer)
     dtype, trusted = parse_dtype(config.dtype), config.trust_remote_code
-    model = load_model(config.model, dtype=dtype, device=device, trust_remote_code=trusted)
+    if model is None:
+        model = load_model(config.model, dtype=dtype, device=device, trust_remote_code=trusted)
     check_disk(output, model)
     torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
     optimizer = make_optimizer(config, model.train())
