@@ -140,7 +140,7 @@ def run_one(
         "max-seq-len": 128,
         "dtype": args.dtype,
         "seed": args.seed,
-        "clip-grad-norm": args.clip_grad_norm,
+        "clip-grad-norm": args.clip_grad_norm or 0,
         "clip-grad-value": args.clip_grad_value,
     }
     flags = [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]

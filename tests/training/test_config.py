@@ -34,7 +34,8 @@ def test_defaults_are_valid():
         ({"lr": float("inf")}, "lr must be a number above 0"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
         ({"weight_decay": float("nan")}, "weight_decay must be 0 or more"),
-        ({"clip_grad_norm": 0.0}, "clip_grad_norm must be a number above 0"),
+        ({"clip_grad_norm": -1.0}, "clip_grad_norm must be a number above 0"),
+        ({"clip_grad_norm": float("nan")}, "clip_grad_norm must be a number above 0"),
         ({"clip_grad_value": -1.0}, "clip_grad_value must be a number above 0"),
         ({"warmup_ratio": 1.0}, "warmup_ratio must be at least 0 and less than 1"),
         ({"eval_fraction": 1.0}, "eval_fraction must be at least 0 and less than 1"),
@@ -46,6 +47,7 @@ def test_defaults_are_valid():
         ({"rounding": "compensated", "dtype": "fp32"}, "rounding compensated is for 16-bit"),
         ({"clip": "adaptiv", "clip_grad_norm": 1.0}, "did you mean adaptive"),
         ({"clip": "adaptive"}, "needs clip_grad_norm"),
+        ({"clip": "adaptive", "optimizer": "lomo", "clip_grad_norm": 0.0}, "needs clip_grad_norm"),
         ({"clip_memory": "2GiB"}, "clip_memory is for clip exact"),
         ({"clip_memory": "2 potatoes", "clip_grad_norm": 1.0}, "clip_memory: '2 potatoes' is not a number of bytes"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N"),
@@ -81,3 +83,14 @@ def test_every_field_has_help_in_a_known_group():
     for field in TrainConfig.__dataclass_fields__.values():
         assert field.metadata["group"] in GROUPS
         assert len(field.metadata["help"]) > 10
+
+
+def test_plain_gradient_steps_are_clipped_unless_told_otherwise():
+    def norm(**changes):
+        config = TrainConfig(**(GIVEN | changes))
+        config.validate()
+        return config.effective_clip_grad_norm
+
+    assert norm(optimizer="lomo") == norm(optimizer="sgd") == 1.0
+    assert norm(optimizer="adalomo") is norm(optimizer="lomo", clip_grad_norm=0.0) is None
+    assert norm(optimizer="adalomo", clip_grad_norm=0.5) == norm(optimizer="lomo", clip_grad_norm=0.5) == 0.5

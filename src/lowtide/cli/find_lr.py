@@ -108,8 +108,8 @@ def draw(finding: LrFinding, path: Path) -> None:
 
     config = finding.config
     settings = [config.optimizer, config.dtype, f"batch of {config.batch_size}"]
-    if config.clip_grad_norm is not None:
-        settings.append(f"clip_grad_norm {config.clip_grad_norm:g}")
+    if config.effective_clip_grad_norm is not None:
+        settings.append(f"clip_grad_norm {config.effective_clip_grad_norm:g}")
     found = "No rate to recommend" if finding.recommended is None else f"Recommended: {finding.recommended:g}"
     plot_lr_curve(
         path,

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 _EPILOG = """\
 example:
   lowtide train --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --output tuned \\
-                --optimizer adalomo --lr 5e-4 --max-steps 200 --batch-size 8 --micro-batch-size 2
+                --optimizer adalomo --lr 1e-3 --max-steps 200 --batch-size 8 --micro-batch-size 2
 
 The same as a file, `lowtide train --config run.yaml`, where flags given as well win over the file:
   model: HuggingFaceTB/SmolLM2-135M-Instruct
   data: [train.jsonl]
   output: tuned
-  lr: 5.0e-4
+  lr: 1.0e-3
   max_steps: 200
 
 Which learning rate? Add --find-lr to the same command: it tries some for a few minutes and says which to use.

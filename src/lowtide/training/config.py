@@ -20,7 +20,10 @@ DTYPES = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 
 # The same rates serve float32 and 16-bit weights, because 16-bit weights are rounded stochastically: an update that is
 # smaller than the spacing of the numbers still counts on average. With rounding="nearest" it would be lost.
-DEFAULT_LR = {"adalomo": 5e-4, "lomo": 5e-2, "adamw": 2e-5, "sgd": 5e-2}
+# The steps of lomo and sgd are as long as the gradient; their rate is one for gradients clipped to norm 1, as in the LOMO paper,
+# and unclipped it diverges. Measured on SmolLM2-135M (docs/numerics.md); adamw's is the usual one and was not tuned.
+DEFAULT_LR = {"adalomo": 1e-3, "lomo": 0.1, "adamw": 2e-5, "sgd": 0.1}
+DEFAULT_CLIP_GRAD_NORM = {"lomo": 1.0, "sgd": 1.0}
 
 MODEL_AND_DATA = "model and data"
 OPTIMISATION = "optimisation"
@@ -111,7 +114,11 @@ class TrainConfig:
         OPTIMISATION, "the share of the steps in which the learning rate rises from 0 in a line", default=0.06
     )
     clip_grad_norm: float | None = _option(
-        OPTIMISATION, "the largest norm of the gradient over all parameters; default: no limit", default=None
+        OPTIMISATION,
+        "the largest norm of the gradient over all parameters, 0 for no limit; default: "
+        + ", ".join(f"{norm:g} for {name}" for name, norm in DEFAULT_CLIP_GRAD_NORM.items())
+        + ", no limit for the others",
+        default=None,
     )
     clip: str = _option(
         OPTIMISATION,
@@ -169,6 +176,12 @@ class TrainConfig:
         return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
 
     @property
+    def effective_clip_grad_norm(self) -> float | None:
+        """The largest norm of the gradient: ``clip_grad_norm``, or the default of the optimizer; None for no limit."""
+        norm = DEFAULT_CLIP_GRAD_NORM.get(self.optimizer) if self.clip_grad_norm is None else self.clip_grad_norm
+        return norm or None
+
+    @property
     def clip_memory_bytes(self) -> int:
         """``clip_memory`` in bytes."""
         try:
@@ -193,9 +206,9 @@ class TrainConfig:
             raise ValueError(
                 f"rounding {self.rounding} is for 16-bit weights and means nothing for dtype float32: leave it out"
             )
-        if self.clip == "adaptive" and self.clip_grad_norm is None:
+        if self.clip == "adaptive" and self.effective_clip_grad_norm is None:
             raise ValueError("clip adaptive needs clip_grad_norm, the bound of its first steps: 1 is usual")
-        if self.clip_memory_bytes and (self.clip_grad_norm is None or self.clip == "adaptive"):
+        if self.clip_memory_bytes and (self.effective_clip_grad_norm is None or self.clip == "adaptive"):
             raise ValueError("clip_memory is for clip exact with a clip_grad_norm: leave it out")
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,7 +258,10 @@ def _check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    for name in ("lr", "clip_grad_norm", "clip_grad_value"):
+    norm = config.clip_grad_norm
+    if norm is not None and not 0 <= norm < float("inf"):
+        raise ValueError(f"clip_grad_norm must be a number above 0, or 0 for no limit, got {norm}")
+    for name in ("lr", "clip_grad_value"):
         value = getattr(config, name)
         # written so that NaN fails too
         if value is not None and not 0 < value < float("inf"):

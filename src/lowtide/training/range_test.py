@@ -31,7 +31,7 @@ from .lr_curve import Reading, divergence, read_curve, sweep_rates
 from .progress import ConsoleProgress
 from .setup import check_output, resolve_device, without_cache
 from .snapshot import restored_afterwards
-from .trainer import prepare
+from .trainer import outcome, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,9 +108,10 @@ class LrFinding:
 
 def default_range(config: TrainConfig) -> tuple[float, float]:
     """The lowest and the highest rate that are tried."""
-    if config.optimizer in ("lomo", "sgd") and config.clip_grad_norm is not None:
+    norm = config.effective_clip_grad_norm
+    if config.optimizer in ("lomo", "sgd") and norm is not None:
         lowest, highest = _UNIT_NORM_RANGE
-        return lowest / config.clip_grad_norm, highest / config.clip_grad_norm
+        return lowest / norm, highest / norm
     return _RANGES[config.optimizer]
 
 
@@ -231,8 +232,8 @@ class _Sweep:
             if skipped_in_a_row >= _MOST_SKIPPED or not math.isfinite(point.batch_loss):
                 point = dataclasses.replace(point, loss=math.nan)
             self.points.append(point)
-            facts = {"lr": lr, "grad_norm": point.grad_norm, "epoch": epoch, "skipped": point.skipped}
-            run.report.step(batch, point.batch_loss, watched_loss=point.loss, **facts)
+            facts = {"lr": lr, "epoch": epoch, "watched_loss": point.loss, **outcome(run.engine)}
+            run.report.step(batch, point.batch_loss, **facts)
             if self.stop.requested:
                 raise KeyboardInterrupt
             if divergence([point.loss for point in self.points], loss_before) is not None:

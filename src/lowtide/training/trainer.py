@@ -146,7 +146,7 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
         model,
         optimizer,
         micro_batch_size=config.micro_batch_size,
-        clip_grad_norm=config.clip_grad_norm,
+        clip_grad_norm=config.effective_clip_grad_norm,
         clip_grad_value=config.clip_grad_value,
         clip=config.clip,
         clip_memory_bytes=config.clip_memory_bytes,
@@ -226,7 +226,7 @@ def _run_steps(run: _Run) -> None:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        report.step(batch, loss.item(), lr=lr, epoch=epoch, **_outcome(engine))
+        report.step(batch, loss.item(), lr=lr, epoch=epoch, **outcome(engine))
         if report.num_skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(_broken(run))
         if run.stop.requested:
@@ -235,7 +235,7 @@ def _run_steps(run: _Run) -> None:
             run.evaluate()
 
 
-def _outcome(engine: Engine) -> dict[str, Any]:
+def outcome(engine: Engine) -> dict[str, Any]:
     """What the engine says of the step just taken."""
     return {
         "grad_norm": engine.grad_norm,
