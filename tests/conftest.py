@@ -11,6 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 
+# Without a card the kernels run in Triton's interpreter. It must be asked for before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():

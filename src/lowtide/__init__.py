@@ -13,11 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .fused import LossScale
     from .fusing import Engine, fuse
     from .optim import AdaLomo, Lomo, PerParameter
 
 __version__ = "0.1.0"
-__all__ = ["AdaLomo", "Engine", "Lomo", "PerParameter", "__version__", "fuse"]
+__all__ = ["AdaLomo", "Engine", "Lomo", "LossScale", "PerParameter", "__version__", "fuse"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from .fusing import Engine, fuse
 
         globals().update(fuse=fuse, Engine=Engine)
+    elif name == "LossScale":
+        from .fused import LossScale
+
+        globals().update(LossScale=LossScale)
     elif name in ("AdaLomo", "Lomo", "PerParameter"):
         from . import optim
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .fused import AdaptiveClip, LossScale
 from .fused import Engine as _Engine
 from .models.blocks import find_blocks, resolve_blocks
 from .models.loss import ChunkedLoss
@@ -34,6 +36,10 @@ def fuse(
     micro_batch_size: int | None = None,
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
+    clip: str = "exact",
+    clip_warmup_steps: int = 20,
+    clip_memory_bytes: int = 0,
+    loss_scale: LossScale | float | str | None = "auto",
     weights: str = "device",
     blocks: Iterable[nn.Module | str] | None = None,
     chunked_loss: bool = True,
@@ -49,9 +55,15 @@ def fuse(
         optimizer: one or several of lowtide's optimizers, which together hold all trainable parameters.
         micro_batch_size: samples that go through a block at a time, or None for the whole batch. The result does not depend
             on it (a sum in another order aside); peak memory does. Needs blocks.
-        clip_grad_norm: largest 2-norm of all gradients together. Exact, and walks the graph twice: use
-            ``engine.backward(loss)``.
+        clip_grad_norm: largest 2-norm of all gradients together; use ``engine.backward(loss)``.
+        clip: how: ``"exact"`` walks the graph twice in every step. ``"adaptive"`` does so for ``clip_warmup_steps`` steps, and
+            then clips each gradient to 1.05 times the running norm of its own parameter, in one pass (AdaGC, arXiv 2502.11034).
+        clip_warmup_steps: see ``clip``.
+        clip_memory_bytes: spare memory for gradients that exact clipping keeps between its passes, so that less has to be
+            computed twice; with room for all of them there is one pass.
         clip_grad_value: every element of a gradient is clamped to plus or minus this, before clipping by norm.
+        loss_scale: ``"dynamic"``, a :class:`LossScale`, a number for a fixed scale, or None. ``"auto"`` is dynamic for float16
+            weights and None otherwise. Float16 autocast over other weights needs ``"dynamic"``.
         weights: where the weights live; this version knows ``"device"``.
         blocks: modules, or their names; the name of a ModuleList stands for its children. None finds those of Hugging Face
             models; an empty list turns blocks off.
@@ -70,6 +82,14 @@ def fuse(
     ):
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be positive or None, got {value}")
+    if clip not in ("exact", "adaptive"):
+        raise ValueError(f"clip must be exact or adaptive, got {clip!r}")
+    if clip == "adaptive" and clip_grad_norm is None:
+        raise ValueError("clip='adaptive' needs clip_grad_norm, the bound of its warm-up: 1.0 is usual")
+    if clip_warmup_steps < 1 or clip_memory_bytes < 0:
+        raise ValueError(
+            f"clip_warmup_steps must be at least 1 and clip_memory_bytes at least 0, got {clip_warmup_steps}, {clip_memory_bytes}"
+        )
     found = find_blocks(model) if blocks is None else resolve_blocks(model, blocks)
     if micro_batch_size is not None and not found:
         raise ValueError(
@@ -94,11 +114,25 @@ def fuse(
         micro_batch_size=micro_batch_size,
         clip_grad_norm=clip_grad_norm,
         clip_grad_value=clip_grad_value,
+        adaptive=AdaptiveClip(clip_warmup_steps) if clip == "adaptive" else None,
+        loss_scale=_loss_scale(loss_scale, model),
+        kept_gradients_bytes=clip_memory_bytes,
     )
     if chunked_loss and (loss := ChunkedLoss.of(model)) is not None:
         loss.install()
         engine.chunked_loss = loss
     return engine
+
+
+def _loss_scale(wanted: LossScale | float | str | None, model: nn.Module) -> LossScale | None:
+    if wanted == "auto":
+        has_float16 = any(param.dtype == torch.float16 for param in model.parameters() if param.requires_grad)
+        return LossScale() if has_float16 else None
+    if wanted == "dynamic":
+        return LossScale()
+    if isinstance(wanted, str):
+        raise ValueError(f"loss_scale must be auto, dynamic, a number or None, got {wanted!r}")
+    return LossScale.fixed(wanted) if isinstance(wanted, int | float) else wanted
 
 
 def _kv_shared_layers(model: nn.Module) -> int:

@@ -242,7 +242,13 @@ def test_misuse_is_refused_with_advice():
         lowtide.fuse(model, optimizer, weights="tape")
     with pytest.raises(ValueError, match="float16"):
         half = tiny_model(dtype=torch.float16)
-        lowtide.fuse(half, lowtide.Lomo(half.parameters()))
+        lowtide.fuse(half, lowtide.Lomo(half.parameters()), loss_scale=None)
+    with pytest.raises(ValueError, match="loss_scale must be auto"):
+        lowtide.fuse(model, optimizer, loss_scale="big")
+    with pytest.raises(ValueError, match="clip must be exact or adaptive"):
+        lowtide.fuse(model, optimizer, clip_grad_norm=1.0, clip="smart")
+    with pytest.raises(ValueError, match="needs clip_grad_norm"):
+        lowtide.fuse(model, optimizer, clip="adaptive")
     with pytest.raises(ValueError, match="DataParallel"):
         lowtide.fuse(nn.DataParallel(model), optimizer)
     with pytest.raises(ValueError, match="router"):
@@ -435,14 +441,23 @@ def test_a_regulariser_on_block_weights_is_explained():
 
 def test_a_gradient_that_is_not_finite_is_reported():
     model, _, engine = setup()
-    model.model.layers[1].mlp.up_proj.weight.register_hook(lambda grad: grad * float("nan"))
+    broken = model.model.layers[1].mlp.up_proj.weight
+    broken.register_hook(lambda grad: grad * float("nan"))
+    before = Snapshot(model)
     engine.backward(model(**tiny_batch()).loss)
     assert engine.step_partial and not engine.step_skipped
+    changed = {
+        name for (name, p), b in zip(model.named_parameters(), before.parameters(), strict=True) if not p.equal(b)
+    }
+    # The backward goes from the last block to the first: what came before the broken gradient is updated, nothing after.
+    assert any(name.startswith("model.layers.2.") for name in changed)
+    assert not any(name.startswith("model.layers.0.") for name in changed)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_float16_autocast_is_refused():
+def test_float16_autocast_is_refused_without_loss_scaling():
     model, _, _ = setup()
-    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(RuntimeError, match="bfloat16"):
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(RuntimeError, match="loss_scale='dynamic'"):
         model(**tiny_batch())
 
 

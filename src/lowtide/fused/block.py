@@ -5,22 +5,20 @@ once; gradients accumulate over the whole batch while only this block's are aliv
 last micro-batch every parameter is updated as its gradient completes. The recompute is Chen et al. 2016 (arXiv 1604.06174).
 
 The block's ``forward`` is replaced on the instance, so that hooks of others (FSDP2, a user's own) stay outside.
-
-Shape letters: B = batch, the first dimension of the block's first tensor argument.
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import MutableMapping, MutableSequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .replay import RandomState, autocast_state, keep_random_state
+from .call import Call
+from .replay import keep_random_state
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
 
 # Arguments that hold a cache of keys and values: a recompute would append to them twice, and training needs none.
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
-# Arguments that run over positions or heads, not samples; where B happens to equal their first dimension, shapes cannot tell.
-_POSITION_ARGUMENTS = ("cache_position", "alibi", "position_bias")
 
 
 class Home(Protocol):
@@ -72,7 +68,7 @@ class BlockRunner:
                 )
         self.block, self.engine, self.home, self.micro_batch_size = block, engine, home, micro_batch_size
         self.slots: list[Slot] = []
-        self.calls: weakref.WeakSet[_Call] = weakref.WeakSet()  # whose graph is alive
+        self.calls: weakref.WeakSet[Call] = weakref.WeakSet()  # whose graph is alive
         self.original = block.forward
         self.parameters = inspect.signature(block.forward).parameters
         self._replaced: Any = None
@@ -103,12 +99,13 @@ class BlockRunner:
             self.home.release(self.block)
             return output
         self._refuse_checkpointing()
-        if any(autocast_state(device)["dtype"] == torch.float16 for device in _autocast_devices()):
+        if self.engine.loss_scale is None and _float16_autocast():
             raise RuntimeError(
-                "float16 autocast needs a loss scaler, which this version has not: use bfloat16 autocast"
+                "float16 autocast needs loss scaling, or small gradients vanish: use fuse(..., loss_scale='dynamic'), or "
+                "bfloat16 autocast"
             )
         args, kwargs = self._drop_caches(args, kwargs)
-        call = _Call(self, args, kwargs)
+        call = Call(self, args, kwargs)
         tensors, call.tensors = call.tensors, []  # only autograd keeps them: the call lives as long as the user's loss
         if not (self.slots or any(tensor.requires_grad for tensor in tensors)):
             return call.unflatten_output(tuple(call.run_all(tensors)))
@@ -138,122 +135,18 @@ class BlockRunner:
         return args, kwargs
 
 
-def _autocast_devices() -> list[str]:
-    return [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-
-
-class _Call:
-    """One call of a block: its arguments taken apart, how to split them, and the random state of every micro-batch."""
-
-    def __init__(self, runner: BlockRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.runner = runner
-        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        self.positions = [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        self.tensors = [self.leaves[index] for index in self.positions]
-        for index in self.positions:
-            self.leaves[index] = (
-                None  # autograd keeps the tensors; holding them here too would outlive the backward pass
-            )
-        for leaf in self.leaves:
-            if isinstance(leaf, MutableMapping | MutableSequence):
-                raise ValueError(
-                    f"{type(runner.block).__name__} is handed a {type(leaf).__name__}, through which blocks pass each other tensors "
-                    "that carry no gradient here: use fuse(..., blocks=[])"
-                )
-        if not self.tensors:
-            raise ValueError(f"{type(runner.block).__name__} was called without a tensor: it cannot be a block")
-        first = self.tensors[0]
-        self.batch_size = first.shape[0] if first.dim() else 1
-        self.device = first.device
-        size = runner.micro_batch_size or self.batch_size
-        starts = range(0, self.batch_size, size) if self.batch_size > size else (0,)
-        self.micro_batches = [(start, min(start + size, self.batch_size)) for start in starts]
-        named = {**dict(zip(runner.parameters, args, strict=False)), **kwargs}
-        over_positions = [id(named[name]) for name in _POSITION_ARGUMENTS if name in named]
-        self.split = [
-            len(self.micro_batches) > 1 and self._per_sample(tensor, id(tensor) in over_positions)
-            for tensor in self.tensors
-        ]
-        self.random_states: list[RandomState] = []
-        self.autocast = autocast_state(self.device.type)
-        self.step = runner.engine.step_number
-        self.done = False  # its gradients have been used
-        self.output_spec: Any = None
-        self.output_leaves: list[Any] = []
-
-    def _per_sample(self, tensor: Tensor, over_positions: bool) -> bool:
-        return tensor.dim() > 0 and tensor.shape[0] == self.batch_size and not over_positions
-
-    def slices(self, tensors: list[Tensor], micro_batch: tuple[int, int]) -> list[Tensor]:
-        """The arguments of one micro-batch."""
-        start, stop = micro_batch
-        return [tensor[start:stop] if split else tensor for tensor, split in zip(tensors, self.split, strict=True)]
-
-    def forward(self, tensors: list[Tensor]) -> Any:
-        """Call the block's own forward with these tensors in place of the original ones."""
-        leaves = list(self.leaves)
-        for index, tensor in zip(self.positions, tensors, strict=True):
-            leaves[index] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return self.runner.original(*args, **kwargs)
-
-    def run_all(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run every micro-batch without a graph; returns the output's tensors, each for the whole batch."""
-        home, block = self.runner.home, self.runner.block
-        home.fetch(block)
-        outputs: list[Tensor] = []
-        for micro_batch in self.micro_batches:
-            self.random_states.append(RandomState(self.device))
-            leaves, spec = pytree.tree_flatten(self.forward(self.slices(tensors, micro_batch)))
-            self._collect(outputs, leaves, spec, micro_batch)
-        home.release(block)
-        return outputs
-
-    def _collect(self, outputs: list[Tensor], leaves: list[Any], spec: Any, micro_batch: tuple[int, int]) -> None:
-        """Put the output of one micro-batch at its place in the output of the whole batch."""
-        start, stop = micro_batch
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if len(self.micro_batches) == 1:
-            outputs.extend(tensors)
-        elif start == 0:
-            outputs.extend(tensor.new_empty(self._whole_shape(tensor, stop)) for tensor in tensors)
-        if start == 0:
-            self.output_spec = spec
-            self.output_leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            self.output_positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if len(self.micro_batches) > 1:
-            for whole, part in zip(outputs, tensors, strict=True):
-                whole[self.rows(whole, micro_batch)] = part
-
-    def _whole_shape(self, tensor: Tensor, size: int) -> tuple[int, ...]:
-        if tensor.dim() == 0 or tensor.shape[0] % size:
-            raise ValueError(
-                f"{type(self.runner.block).__name__} returns a tensor of shape {tuple(tensor.shape)} for a micro-batch of "
-                f"{size} samples: only tensors with the batch in their first dimension can be put together again. Use "
-                "micro_batch_size=None for this model."
-            )
-        return (tensor.shape[0] // size * self.batch_size, *tensor.shape[1:])
-
-    def rows(self, whole: Tensor, micro_batch: tuple[int, int]) -> slice:
-        """The rows of a whole-batch output that belong to a micro-batch (tokens of it, where they are flattened)."""
-        if len(self.micro_batches) == 1:
-            return slice(None)
-        per_sample = whole.shape[0] // self.batch_size
-        return slice(micro_batch[0] * per_sample, micro_batch[1] * per_sample)
-
-    def unflatten_output(self, tensors: tuple[Tensor, ...]) -> Any:
-        """The output in the structure that the block's own forward returned."""
-        leaves = list(self.output_leaves)
-        for index, tensor in zip(self.output_positions, tensors, strict=True):
-            leaves[index] = tensor
-        return pytree.tree_unflatten(leaves, self.output_spec)
+def _float16_autocast() -> bool:
+    return any(
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        for device in ("cpu", "cuda")
+    )
 
 
 class _RunBlock(torch.autograd.Function):
     """Runs a call without a graph; its backward recomputes and updates."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         outputs = call.run_all(list(tensors))
         ctx.call = call
         ctx.save_for_backward(*tensors)
@@ -263,7 +156,7 @@ class _RunBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
+        call: Call = ctx.call
         needs_grad = ctx.needs_input_grad[2:]
         given = [grad for grad in grad_outputs if grad is not None]
         if not given:
@@ -271,7 +164,7 @@ class _RunBlock(torch.autograd.Function):
         engine, home, block = call.runner.engine, call.runner.home, call.runner.block
         _check_backward(call)
         engine.enter_backward(given[0])
-        if engine.skipping:
+        if engine.skipping or engine.enter_block(call):
             return (None,) * (2 + len(needs_grad))
         tensors = list(ctx.saved_tensors)
         grads: list[Tensor | None] = [None] * len(tensors)
@@ -292,7 +185,7 @@ class _RunBlock(torch.autograd.Function):
         return (None, None, *grads)
 
 
-def _check_backward(call: _Call) -> None:
+def _check_backward(call: Call) -> None:
     if not torch.autograd._is_checkpoint_valid():  # type: ignore[attr-defined,unused-ignore]
         raise RuntimeError(
             "torch.autograd.grad() and backward(inputs=...) would update the weights of a fused model: call engine.remove() "
@@ -305,7 +198,7 @@ def _check_backward(call: _Call) -> None:
 
 
 def _recompute(
-    call: _Call,
+    call: Call,
     number: int,
     tensors: list[Tensor],
     needs_grad: tuple[bool, ...],
@@ -335,7 +228,7 @@ def _recompute(
 
 
 def _gather_grads(
-    call: _Call,
+    call: Call,
     micro_batch: tuple[int, int],
     tensors: list[Tensor],
     inputs: list[Tensor],

@@ -44,12 +44,13 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"{name} makes sparse gradients, which the update rules do not take: set its sparse=False")
 
 
-def check_optimizers(model: nn.Module, optimizers: Sequence[FusibleOptimizer]) -> None:
+def check_optimizers(model: nn.Module, optimizers: Sequence[FusibleOptimizer], scaled: bool) -> None:
     """Refuse optimizers that cannot be fused, or that together do not cover the model exactly once.
 
     Raises:
         TypeError: an optimizer is not one of lowtide's.
-        ValueError: trainable parameters without an optimizer, with two, in float16, or with a gradient left over.
+        ValueError: trainable parameters without an optimizer, with two, in float16 without loss scaling (``scaled``),
+            or with a gradient left over.
         RuntimeError: an optimizer is fused already.
     """
     if not optimizers:
@@ -77,9 +78,10 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[FusibleOptimizer]) -
             "requires_grad_(False)."
         )
     for name, param in named:
-        if param.dtype == torch.float16:
+        if param.dtype == torch.float16 and not scaled:
             raise ValueError(
-                f"{name} is float16, whose small gradients vanish without loss scaling: use bfloat16 or float32 weights"
+                f"{name} is float16, whose small gradients vanish without loss scaling: use fuse(..., loss_scale='dynamic'), or "
+                "bfloat16 or float32 weights"
             )
         if param.grad is not None:
             raise ValueError(f"{name} still has a gradient from before: call optimizer.zero_grad() before fuse()")
@@ -104,5 +106,5 @@ def check_loss(loss: Tensor) -> None:
         if scale >= _SMALLEST_LOSS_SCALE and math.log2(scale).is_integer():
             raise ValueError(
                 f"the loss was multiplied by {scale:.0f}, as torch.amp.GradScaler does; a fused backward would apply the "
-                "scaled gradients. Train in bfloat16, which needs no scaler, and pass the plain loss."
+                "scaled gradients. Pass the plain loss: fuse(..., loss_scale='dynamic') does the scaling itself."
             )

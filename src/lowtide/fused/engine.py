@@ -8,34 +8,37 @@ optimizer, which closes the step. Everything that would update twice, or not at 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from ..log import get_logger
 from ..optim import FusibleOptimizer
-from ..optim.base import Prepare
 from .block import BlockRunner, Home
 from .checks import check_loss, check_model, check_optimizers
-from .clipping import Clip, GradNorm, clip_coefficient
-from .slot import Slot
+from .clipping import AdaptiveClip, GradNorm, clip_coefficient
+from .kept import KeptGradients
+from .loss_scale import LossScale
+from .passes import BackwardPass
+from .slot import make_slots, mark_shared
 
 _logger = get_logger(__name__)
 
+_WARN_LOST_SHARE = 0.5  # of the updates, with rounding to nearest
+_CHECK_LOST_EVERY = 100  # steps, and once after the tenth: reading it waits for the device
 
-class Engine:
+
+class Engine(BackwardPass):
     """Updates a model inside its backward pass. Made by :func:`lowtide.fuse`; see there for the arguments.
 
     Attributes:
-        step_skipped: the last backward pass updated nothing, because the loss or the gradient norm was not finite.
+        step_skipped: the last backward pass updated nothing, because the loss, a gradient or their norm was not finite.
         num_skipped_steps: how often that has happened.
-        step_partial: the last ``engine.backward`` met a gradient that was not finite, after a loss that was; weights were
-            updated with it. With ``clip_grad_norm`` this cannot happen: such a step is skipped.
+        step_partial: the last backward pass met a gradient that was not finite after some parameters had been updated; those
+            after it were not. With exact ``clip_grad_norm`` this cannot happen: such a step is skipped.
+        loss_scale: what the loss is multiplied with, or None.
     """
 
     def __init__(
@@ -48,27 +51,24 @@ class Engine:
         micro_batch_size: int | None = None,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        adaptive: AdaptiveClip | None = None,
+        loss_scale: LossScale | None = None,
+        kept_gradients_bytes: int = 0,
     ) -> None:
         check_model(model)
-        check_optimizers(model, optimizers)
+        check_optimizers(model, optimizers, scaled=loss_scale is not None)
+        super().__init__()
         self.model, self.optimizers = model, tuple(optimizers)
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
-        self.step_skipped, self.num_skipped_steps = False, 0
-        self.step_partial = False
-        self._norm = GradNorm()
-        self._step = 0  # number of the current step; a slot remembers the last one that updated it
-        self._open = False  # a backward pass is under way, or was broken off
+        self.adaptive, self.loss_scale = adaptive, loss_scale
         self._waiting: set[Optimizer] = set()  # have not closed the step of the last backward pass
-        self._measuring = False  # first of two passes: collect the norm, update nothing
-        self._skip = False  # drop every gradient of this pass
-        self._running: BlockRunner | None = None  # the block whose nested backward passes are under way
-        self._accumulating = False  # micro-batches other than the last go through it
-        self._graph_task: int | None = None
-        self._prepare: Prepare | None = None
-        self._slots = {param: Slot(self, param, optimizer, index) for param, optimizer, index in _trainable(optimizers)}
+        self._warned_lost = False
+        self._slots = make_slots(self, self.optimizers)
         self._unhooked = [p for o in optimizers for g in o.param_groups for p in g["params"] if not p.requires_grad]
         self._runners = [BlockRunner(block, self, home, micro_batch_size) for block in blocks]
-        self._mark_shared()
+        mark_shared(self._slots, self._runners, model)
+        if clip_grad_norm is not None and kept_gradients_bytes:
+            self._kept = KeptGradients(self._slots.values(), kept_gradients_bytes, micro_batch_size is not None)
         self._attach()
 
     # The user's side ------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Back-propagate ``loss`` and update every parameter on the way. Then call ``step()`` on each optimizer.
 
-        With ``clip_grad_norm`` the graph is walked twice, first for the norm alone. A loss that is not finite, or a norm
+        With exact ``clip_grad_norm`` the graph is walked twice, first for the norm alone. A loss that is not finite, or a norm
         that is not, updates nothing: ``step_skipped`` says so, and the step is closed as usual.
 
         Args:
@@ -94,20 +94,35 @@ class Engine:
             self._skip_step(f"the loss is {value}")
             self._close_backward()
             return
-        coefficient, measured = 1.0, None
-        if self.clip_grad_norm is not None:
-            norm = self._measure(loss)
-            if not math.isfinite(norm):
-                self._skip_step(f"the gradient norm is {norm}")
-                self._close_backward()
-                return
-            coefficient, measured = clip_coefficient(norm, self.clip_grad_norm), self._norm
-        self._begin(coefficient, measured)
-        self._run(loss)
+        if self.loss_scale is not None:
+            loss = loss.float() * self.loss_scale.scale
+        if self._two_passes:
+            self._measure_and_update(loss)
+        else:
+            self._begin()
+            self._run(loss)
+            self._close_backward()
+        finite = math.isfinite(self._norm.value())
+        if not (finite or self.step_skipped or self.step_partial):
+            self.step_partial = True  # found on the device, where the host does not look at each gradient
+            _logger.warning("a gradient was not finite: what came after it in this step was not updated")
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflow=not finite)
+
+    def _measure_and_update(self, loss: Tensor) -> None:
+        norm = self._measure(loss)
+        if not math.isfinite(norm):
+            self._skip_step(f"the gradient norm is {norm}")
+        else:
+            assert self.clip_grad_norm is not None
+            coefficient = clip_coefficient(norm, self.clip_grad_norm)
+            if self.adaptive is not None:
+                self.adaptive.warm_up(coefficient)
+            self._begin(coefficient, self._norm)
+            if self._kept is None or not self._kept.fits:
+                self._run(loss)
+            self._apply_kept()
         self._close_backward()
-        if not math.isfinite(self._norm.value()):
-            self.step_partial = True
-            _logger.warning("a gradient was not finite though the loss was: weights were updated with it in this step")
 
     @property
     def grad_norm(self) -> float | None:
@@ -118,6 +133,40 @@ class Engine:
         if self._step == 0 and not self._waiting:
             return None
         return self._norm.value()
+
+    @property
+    def lost_update_share(self) -> float | None:
+        """Share of the updates of 16-bit weights, over about ten steps, that left their weight as it was; a sample.
+
+        With rounding to nearest these are lost, and a large share says that the learning rate is too small for the dtype. With
+        stochastic rounding nothing is lost on average. None where nothing was sampled (float32, compensated rounding).
+        """
+        shares = [share for optimizer in self.optimizers if (share := optimizer.lost_updates.share()) is not None]
+        return max(shares, default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the engine itself needs to go on: steps skipped, the loss scale, running norms. Plain numbers."""
+        state: dict[str, Any] = {"num_skipped_steps": self.num_skipped_steps}
+        if self.loss_scale is not None:
+            state["loss_scale"] = self.loss_scale.state_dict()
+        if self.adaptive is not None:
+            state["adaptive"] = self.adaptive.state_dict(self._names())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; parts that this engine does not use are left out.
+
+        Raises:
+            ValueError: running norms of parameters that this model has not.
+        """
+        self.num_skipped_steps = state["num_skipped_steps"]
+        if self.loss_scale is not None and "loss_scale" in state:
+            self.loss_scale.load_state_dict(state["loss_scale"])
+        if self.adaptive is not None and "adaptive" in state:
+            self.adaptive.load_state_dict(state["adaptive"], self._names())
+
+    def _names(self) -> dict[Tensor, str]:
+        return {param: name for name, param in self.model.named_parameters() if param in self._slots}
 
     def remove(self) -> None:
         """Take all hooks away: model and optimizers are ordinary again. Calling it twice does no harm."""
@@ -136,69 +185,11 @@ class Engine:
             "engine.remove()."
         )
 
-    # One backward pass ----------------------------------------------------------------------------------------------
+    # Steps ----------------------------------------------------------------------------------------------------------
 
-    def enter_backward(self, grad: Tensor | None) -> None:
-        """Called at the first sign of a backward pass: by a hook or a block, with the first gradient seen."""
-        if self._open:
-            return
-        self._refuse_second_backward()
-        if self.clip_grad_norm is not None:
-            raise RuntimeError("clip_grad_norm needs two passes: call engine.backward(loss) instead of loss.backward()")
-        self._begin()
-        self._graph_task = torch._C._current_graph_task_id()
-        # Without engine.backward nobody has looked at the loss; a broken one shows in the first gradient it sends back.
-        if grad is not None and not _is_finite(grad):
-            self._norm = GradNorm(math.nan)
-            self._skip_step("the gradient of the loss is not finite")
-        Variable._execution_engine.queue_callback(self._close_backward)
-
-    def _begin(self, coefficient: float = 1.0, measured: GradNorm | None = None) -> None:
-        self._open, self._skip, self.step_skipped, self.step_partial = True, False, False, False
-        self._graph_task = None
-        self._norm = measured or GradNorm()
-        clips = self.clip_grad_value is not None or coefficient != 1.0
-        self._prepare = Clip(self.clip_grad_value, coefficient) if clips else None
-
-    def _measure(self, loss: Tensor) -> float:
-        """The first of two passes: the norm of the gradients that the second will apply. Changes no weight."""
-        self._begin()
-        self._measuring = True
-        try:
-            self._run(loss, retain_graph=True)
-            self._finish_shared()
-        except BaseException:
-            for slot in self._slots.values():
-                slot.drop()
-            raise
-        finally:
-            self._measuring = self._open = False
-        return self._norm.value()
-
-    def _run(self, loss: Tensor, retain_graph: bool = False) -> None:
-        handle = loss.register_hook(self._note_graph_task)
-        try:
-            loss.backward(retain_graph=retain_graph)
-        finally:
-            handle.remove()
-
-    def _note_graph_task(self, grad: Tensor) -> None:
-        self._graph_task = torch._C._current_graph_task_id()
-
-    def _close_backward(self) -> None:
-        self._finish_shared()
-        self._open, self._skip = False, False
-        self._waiting = set(self.optimizers)
-
-    @torch.no_grad()
-    def _finish_shared(self) -> None:
-        for slot in self._slots.values():
-            slot.flush()
-
-    def _skip_step(self, why: str) -> None:
-        self._skip = self.step_skipped = True
-        self.num_skipped_steps += 1
-        _logger.warning("step skipped, no weight was changed: %s", why)
+    @property
+    def _two_passes(self) -> bool:
+        return self.clip_grad_norm is not None and (self.adaptive is None or self.adaptive.warming_up)
 
     def _refuse_second_backward(self) -> None:
         if self._waiting:
@@ -214,6 +205,12 @@ class Engine:
                 "the last checkpoint, or call optimizer.step() to go on with the weights as they are."
             )
 
+    def _refuse_plain_backward(self) -> None:
+        if self._two_passes:
+            raise RuntimeError("clip_grad_norm needs two passes: call engine.backward(loss) instead of loss.backward()")
+        if self.loss_scale is not None:
+            raise RuntimeError("the loss must be scaled: call engine.backward(loss) instead of loss.backward()")
+
     def _close_step(self, optimizer: Optimizer) -> None:
         if not self._waiting and not self._open:
             return  # step() without a backward pass does nothing, as in torch
@@ -224,59 +221,27 @@ class Engine:
             raise RuntimeError("a parameter was unfrozen after fuse(), so nothing updates it: fuse the model again")
         self._open = self._accumulating = False
         self._waiting.discard(optimizer)
+        if isinstance(optimizer, FusibleOptimizer):
+            optimizer.lost_updates.close_step()
         if not self._waiting:
             self._step += 1
             for runner in self._runners:
                 runner.close_step()
+            if self._step == 10 or self._step % _CHECK_LOST_EVERY == 0:
+                self._warn_lost()
 
-    # What blocks do with it -----------------------------------------------------------------------------------------
-
-    @property
-    def step_number(self) -> int:
-        """How many steps have been closed."""
-        return self._step
-
-    @property
-    def skipping(self) -> bool:
-        """Gradients of this pass are dropped: there is no need to compute them."""
-        return self._skip
-
-    @property
-    def measuring(self) -> bool:
-        """This is the first of two passes: nothing is updated, and the same graph is walked again."""
-        return self._measuring
-
-    @contextmanager
-    def block_backward(self, runner: BlockRunner) -> Iterator[None]:
-        """Around the nested backward passes of one block."""
-        self._running = runner
-        try:
-            yield
-        finally:
-            self._running, self._accumulating = None, False
-
-    def accumulate(self, more_to_come: bool) -> None:
-        """Whether gradients of the current block are still incomplete: micro-batches other than the last."""
-        self._accumulating = more_to_come
-
-    def slots_of(self, module: nn.Module) -> list[Slot]:
-        """The slots of a module's trainable parameters."""
-        return [self._slots[param] for param in module.parameters() if param in self._slots]
-
-    def _mark_shared(self) -> None:
-        """Find parameters that more than one place sends gradients to: they are complete at the end of the pass only."""
-        seen: dict[Tensor, int] = {}
-        for runner in self._runners:
-            runner.slots = self.slots_of(runner.block)
-            for slot in runner.slots:
-                slot.runner = runner
-                seen[slot.param] = seen.get(slot.param, 0) + 1
-        inside = {id(module) for runner in self._runners for module in runner.block.modules()}
-        for module in self.model.modules():
-            if id(module) not in inside:
-                seen.update({p: seen[p] + 1 for p in module.parameters(recurse=False) if p in seen})
-        for param, places in seen.items():
-            self._slots[param].shared = self._slots[param].always_shared = places > 1
+    def _warn_lost(self) -> None:
+        for optimizer in self.optimizers:
+            if self._warned_lost or all(group["rounding"] != "nearest" for group in optimizer.param_groups):
+                continue
+            share = optimizer.lost_updates.share()
+            if share is not None and share > _WARN_LOST_SHARE:
+                self._warned_lost = True
+                _logger.warning(
+                    "%.0f %% of the updates are lost: the learning rate is too small for 16-bit weights that are rounded to "
+                    "nearest. Use rounding='stochastic' or 'compensated', or a larger rate.",
+                    100 * share,
+                )
 
     def _attach(self) -> None:
         for slot in self._slots.values():
@@ -286,16 +251,3 @@ class Engine:
         for optimizer in self.optimizers:
             optimizer._close_step = self._close_step
         self.model._lowtide_engine = self  # type: ignore[assignment]
-
-
-def _trainable(optimizers: Sequence[FusibleOptimizer]) -> Iterable[tuple[Tensor, FusibleOptimizer, int]]:
-    for optimizer in optimizers:
-        for index, group in enumerate(optimizer.param_groups):
-            for param in group["params"]:
-                if param.requires_grad:
-                    yield param, optimizer, index
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # Two reductions to one number each: no temporary of the tensor's size, as torch.isfinite(tensor) would make.
-    return bool(torch.isfinite(tensor.amax()) & torch.isfinite(tensor.amin()))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..optim import FusibleOptimizer
 from ..optim.base import SIXTEEN_BIT
@@ -51,14 +52,15 @@ class Slot:
         """The hook: ``param.grad`` has just been written."""
         engine = self.engine
         grad = param.grad
-        assert grad is not None
+        if grad is None:  # a kept block sent nothing back
+            return
         if not engine._open:
             engine.enter_backward(grad)
         in_its_block = engine._running is not None and engine._running is self.runner
         if not in_its_block and not self.shared and engine._graph_task is not None:
             self._refuse_nested()
         param.grad = None
-        if engine._skip:
+        if engine._skip or (engine._kept is not None and self in engine._kept):
             return
         if self.shared or (in_its_block and engine._accumulating):
             self._accumulate(grad)
@@ -87,10 +89,10 @@ class Slot:
     def apply(self, grad: Tensor) -> None:
         """The gradient is complete: measure it, and update unless this is the measuring pass."""
         engine = self.engine
-        if engine._measuring and engine.clip_grad_value is not None:
-            grad.clamp_(-engine.clip_grad_value, engine.clip_grad_value)  # the norm is that of what will be applied
-        engine._norm.add(grad)
+        if engine._skip:
+            return
         if engine._measuring:
+            engine.measure(self, grad)
             return
         if self.step == engine._step:
             raise RuntimeError(
@@ -98,9 +100,12 @@ class Slot:
                 "block directly (a regulariser): use fuse(..., blocks=[]). Or its module is used several times under "
                 "reentrant checkpointing: use use_reentrant=False."
             )
+        prepare = engine.prepare(self, grad)
+        if engine._skip:
+            return
         self.step = engine._step
-        group = self.optimizer.param_groups[self.group_index]
-        self.optimizer.update_param(self.param, grad, group, engine._prepare)
+        engine._num_updated += 1
+        self.optimizer.update_param(self.param, grad, self.optimizer.param_groups[self.group_index], prepare)
 
     def _refuse_nested(self) -> None:
         if torch._C._current_graph_task_id() != self.engine._graph_task:
@@ -110,3 +115,30 @@ class Slot:
                 "backward (shared modules would be updated with part of their gradient). Use use_reentrant=False, or "
                 "switch checkpointing off: lowtide's blocks recompute their activations already."
             )
+
+
+def make_slots(engine: Engine, optimizers: Sequence[FusibleOptimizer]) -> dict[Tensor, Slot]:
+    """A slot for every trainable parameter that the optimizers hold."""
+    return {
+        param: Slot(engine, param, optimizer, index)
+        for optimizer in optimizers
+        for index, group in enumerate(optimizer.param_groups)
+        for param in group["params"]
+        if param.requires_grad
+    }
+
+
+def mark_shared(slots: dict[Tensor, Slot], runners: Sequence[BlockRunner], model: nn.Module) -> None:
+    """Find parameters that more than one place sends gradients to: they are complete at the end of the pass only."""
+    seen: dict[Tensor, int] = {}
+    for runner in runners:
+        runner.slots = [slots[param] for param in runner.block.parameters() if param in slots]
+        for slot in runner.slots:
+            slot.runner = runner
+            seen[slot.param] = seen.get(slot.param, 0) + 1
+    inside = {id(module) for runner in runners for module in runner.block.modules()}
+    for module in model.modules():
+        if id(module) not in inside:
+            seen.update({p: seen[p] + 1 for p in module.parameters(recurse=False) if p in seen})
+    for param, places in seen.items():
+        slots[param].shared = slots[param].always_shared = places > 1

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import SIXTEEN_BIT, FusibleOptimizer, Prepare, compute_dtype, prepared
+from . import kernels
+from .base import SIXTEEN_BIT, FusibleOptimizer, compute_dtype, prepared
+from .prepare import Prepare
 from .rounding import paired_slices, slice_numel
 
 
@@ -77,12 +79,11 @@ class AdaLomo(FusibleOptimizer):
         if not -1.0 <= group["decay_rate"] < 0.0:
             raise ValueError(f"decay_rate must lie in [-1, 0), got {group['decay_rate']}")
 
-    def update_param(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None = None) -> None:
-        """See :meth:`FusibleOptimizer.update_param`."""
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:
         if param.numel() == 0:
             return
         state = self.state[param]
-        if not state:
+        if "step" not in state:
             self._init_state(param, state)
         state["step"] += 1
         beta = 1.0 - state["step"] ** group["decay_rate"]
@@ -93,14 +94,21 @@ class AdaLomo(FusibleOptimizer):
         lr = group["lr"] * param_rms.clamp_(min=group["param_scale_min"])
         update_scale = lr / (update_rms / group["clip_threshold"]).clamp_(min=1.0)
         decay = 1.0 - lr * group["weight_decay"] if group["weight_decay"] else None
-        write = self._writer(param, group, state["step"]) if param.dtype in SIXTEEN_BIT else None
+        writer = self._writer(param, group, state["step"]) if param.dtype in SIXTEEN_BIT else None
+        if writer is not None and kernels.wanted(param, grad):
+            options = {} if prepare is None else prepare.kernel_options
+            matrices, grads, row, col = pieces.factors()
+            kernels.adalomo_step(
+                matrices, grads, row, col, update_scale, decay, **options, **writer.kernel_options(matrices)
+            )
+            return
         for param_slice, update, offset in pieces.updates():
-            value = param_slice if write is None else param_slice.to(update.dtype)
+            value = param_slice if writer is None else writer.read(param_slice, offset)
             if decay is not None:
                 value.mul_(decay)
             value.sub_(update.mul_(update_scale))
-            if write is not None:
-                write(param_slice, value, offset)
+            if writer is not None:
+                writer.write(param_slice, value, offset)
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
         zeros: dict[str, Any] = {"dtype": compute_dtype(param), "device": param.device}
@@ -137,6 +145,10 @@ class _Full:
             param_sum += param.to(moment.dtype).square().sum()
         count = self.param.numel()
         return (update_sum / count).sqrt_(), (param_sum / count).sqrt_()
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """(parameter, gradient, None, what each element of it is multiplied with)."""
+        return self.param, self.grad, None, self.moment.rsqrt()
 
     def updates(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         for param, grad, moment, offset in self._slices():
@@ -190,9 +202,15 @@ class _Factored:
         count = self.param.numel()
         return (update_sum / count).sqrt_(), (param_sum / count).sqrt_()
 
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """(parameter [L, M, N], gradient [L, M, N], what each row [L, M] and each column [L, N] is multiplied with)."""
+        row = (self.row / self.row.mean(dim=1, keepdim=True)).rsqrt_()
+        return self.matrices, self.grads, row, self.col.rsqrt()
+
     def updates(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        row = (self.row / self.row.mean(dim=1, keepdim=True)).rsqrt_().unsqueeze(-1)
-        col = self.col.rsqrt().unsqueeze(1)
+        _, _, row, col = self.factors()
+        assert row is not None
+        row, col = row.unsqueeze(-1), col.unsqueeze(1)
         _, rows, cols = self.matrices.shape
         for where, grad in self._slices():
             update = (grad * row[where]).mul_(col[where[0]])

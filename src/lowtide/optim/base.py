@@ -1,7 +1,7 @@
 """What every update rule shares: a torch optimizer that can also step one parameter at a time.
 
-A rule implements :meth:`FusibleOptimizer.update_param`. Everything that steps goes through it: the ordinary ``step()``,
-and the fused engine, which calls it the moment a gradient is complete. So both do the same arithmetic by construction.
+A rule implements ``_update``. Everything that steps goes through :meth:`FusibleOptimizer.update_param`, which calls it: the
+ordinary ``step()``, and the fused engine the moment a gradient is complete. So both do the same arithmetic by construction.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .rounding import ROUNDINGS, mix_key, round_stochastic_
-
-# Applied to a float32 copy of each slice of a gradient, in place allowed: unscaling and clipping by the engine.
-Prepare = Callable[[Tensor], Tensor]
+from .lost_updates import LostUpdates
+from .prepare import Prepare
+from .rounding import ROUNDINGS, mix_key
+from .writing import Compensated, Nearest, Stochastic, Writer
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+ROUNDING_STEP = "rounding_step"  # in the state: how often a parameter was rounded stochastically
 
 
 class FusibleOptimizer(Optimizer):
@@ -38,6 +39,7 @@ class FusibleOptimizer(Optimizer):
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._param_index: dict[Tensor, int] = {}
+        self.lost_updates = LostUpdates()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -63,6 +65,7 @@ class FusibleOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.lost_updates = LostUpdates()
         self._number_params()
 
     def _number_params(self) -> None:
@@ -104,6 +107,7 @@ class FusibleOptimizer(Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     self.update_param(param, param.grad, group)
+        self.lost_updates.close_step()
         return loss
 
     def update_param(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None = None) -> None:
@@ -111,28 +115,39 @@ class FusibleOptimizer(Optimizer):
 
         Args:
             param: the parameter, any shape, float32/float64/bfloat16/float16.
-            grad: its gradient, same shape; same dtype or float32. Left as it is unless ``prepare`` is given.
+            grad: its gradient, same shape; same dtype or float32. It is not changed.
             group: the parameter group it belongs to (``lr`` and the other options are read now, so schedulers work).
             prepare: applied to every float32 piece of the gradient before it is used (unscaling, clipping).
         """
+        if param.dtype not in SIXTEEN_BIT or self._rounding(group) == "compensated":
+            self._update(param, grad, group, prepare)
+            return
+        before = self.lost_updates.before(param, grad)
+        self._update(param, grad, group, prepare)
+        if before is not None:
+            self.lost_updates.after(before, param, grad)
+
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:
+        """The rule; arguments as for :meth:`update_param`."""
         raise NotImplementedError
 
-    def _rounding(self, param: Tensor, group: dict[str, Any]) -> str:
+    def _rounding(self, group: dict[str, Any]) -> str:
         return group["rounding"] or "stochastic"
 
-    def _noise_key(self, param: Tensor, group: dict[str, Any], step: int) -> int:
-        return mix_key(group["rounding_seed"], self._param_index[param], step)
+    def _writer(self, param: Tensor, group: dict[str, Any], step: int | None = None) -> Writer:
+        """Reads and writes this 16-bit parameter in its next update.
 
-    def _writer(self, param: Tensor, group: dict[str, Any], step: int) -> Callable[[Tensor, Tensor, int], None]:
-        """How float32 results get into this 16-bit parameter: a function of (target slice, float32 slice, offset)."""
-        if self._rounding(param, group) == "nearest":
-            return _round_nearest_
-        key = self._noise_key(param, group, step)
-        return lambda target, value, offset: round_stochastic_(target, value, key, offset)
-
-
-def _round_nearest_(target: Tensor, value: Tensor, offset: int) -> None:
-    target.copy_(value)
+        Stochastic rounding needs noise that differs from step to step, also after a resume. A rule that counts its steps
+        passes the number; for others ``rounding_step`` in the state counts.
+        """
+        rounding, state = self._rounding(group), self.state[param]
+        if rounding == "nearest":
+            return Nearest()
+        if rounding == "compensated":
+            return Compensated(param, state)
+        if step is None:
+            step = state[ROUNDING_STEP] = state.get(ROUNDING_STEP, 0) + 1
+        return Stochastic(mix_key(group["rounding_seed"], self._param_index[param], step))
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:

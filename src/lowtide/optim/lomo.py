@@ -1,7 +1,8 @@
 """Lomo: stochastic gradient descent without momentum, the rule of the LOMO paper (arXiv 2306.09782, section 3.1).
 
 For one parameter p with gradient g: ``p *= 1 - lr * weight_decay; p -= lr * g``. In float32 without weight decay it is
-bit-identical to ``torch.optim.SGD``. It has no state.
+bit-identical to ``torch.optim.SGD``. It has no state, except that of the rounding of 16-bit weights: a counter of steps for
+stochastic rounding, ``compensation`` for compensated.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import SIXTEEN_BIT, FusibleOptimizer, Prepare, compute_dtype, prepared
+from . import kernels
+from .base import SIXTEEN_BIT, FusibleOptimizer, compute_dtype, prepared
+from .prepare import Prepare
 from .rounding import paired_slices, slice_numel
 
 
@@ -22,8 +25,9 @@ class Lomo(FusibleOptimizer):
         params: parameters or parameter groups, as in torch.
         lr: learning rate. Plain SGD wants larger rates than Adam: 1e-2 to 5e-2 is the paper's range, with clipping.
         weight_decay: decoupled weight decay per step, as a multiple of ``lr``.
-        rounding: how float32 results are written into 16-bit weights: ``"stochastic"`` (the default there: unbiased) or
-            ``"nearest"`` (loses small updates). Without effect on float32 weights.
+        rounding: how float32 results are written into 16-bit weights: ``"stochastic"`` (the default there: unbiased),
+            ``"compensated"`` (exact, at 2 more bytes a parameter) or ``"nearest"`` (loses small updates). Without effect on
+            float32 weights.
         rounding_seed: seed of the stochastic rounding.
 
     Raises:
@@ -42,34 +46,38 @@ class Lomo(FusibleOptimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "rounding": rounding, "rounding_seed": rounding_seed}
         super().__init__(params, defaults)
 
-    def update_param(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None = None) -> None:
-        """See :meth:`FusibleOptimizer.update_param`."""
-        lr, weight_decay = group["lr"], group["weight_decay"]
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:
+        factor = 1.0 if prepare is None else prepare.factor
+        if factor is not None:
+            prepare = None  # it goes into the learning rate
+        step_size, decay = group["lr"] * (1.0 if factor is None else factor), 1.0 - group["lr"] * group["weight_decay"]
         if param.dtype in SIXTEEN_BIT:
-            self._update_16bit(param, grad, group, prepare)
+            self._update_16bit(param, grad, group, prepare, step_size, decay)
             return
-        decay = 1.0 - lr * weight_decay
-        if prepare is None:
-            if weight_decay:
-                param.mul_(decay)
-            param.add_(grad, alpha=-lr)
-            return
-        for param_slice, grad_slice, _ in paired_slices(param, grad, slice_numel(param.device)):
-            if weight_decay:
+        numel = param.numel() if prepare is None else slice_numel(param.device)
+        for param_slice, grad_slice, _ in paired_slices(param, grad, numel):
+            if decay != 1.0:
                 param_slice.mul_(decay)
-            param_slice.add_(prepared(grad_slice, compute_dtype(param), prepare), alpha=-lr)
+            param_slice.add_(prepared(grad_slice, compute_dtype(param), prepare), alpha=-step_size)
 
-    def _update_16bit(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        step = 0
-        if self._rounding(param, group) == "stochastic":  # the noise must differ from step to step, also after a resume
-            state = self.state[param]
-            step = state["step"] = state.get("step", 0) + 1
-        write = self._writer(param, group, step)
+    def _update_16bit(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        prepare: Prepare | None,
+        step_size: float,
+        decay: float,
+    ) -> None:
+        writer = self._writer(param, group)
+        if kernels.wanted(param, grad):
+            options = {} if prepare is None else prepare.kernel_options
+            kernels.lomo_step(param, grad, lr=step_size, decay=decay, **options, **writer.kernel_options(param))
+            return
         dtype = compute_dtype(param)
         for param_slice, grad_slice, offset in paired_slices(param, grad, slice_numel(param.device)):
-            value = param_slice.to(dtype)
-            if weight_decay:
-                value.mul_(1.0 - lr * weight_decay)
-            value.add_(grad_slice if prepare is None else prepared(grad_slice, dtype, prepare), alpha=-lr)
-            write(param_slice, value, offset)
+            value = writer.read(param_slice, offset)
+            if decay != 1.0:
+                value.mul_(decay)
+            value.add_(grad_slice if prepare is None else prepared(grad_slice, dtype, prepare), alpha=-step_size)
+            writer.write(param_slice, value, offset)

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .base import SIXTEEN_BIT, FusibleOptimizer, Prepare, prepared
+from . import kernels
+from .base import ROUNDING_STEP, SIXTEEN_BIT, FusibleOptimizer, prepared
+from .prepare import Prepare
+from .writing import COMPENSATION
 
 _OURS = ("rounding", "rounding_seed")
 _GROUP = "group"  # where a parameter's state keeps what the class counts in its parameter group
@@ -65,8 +68,8 @@ class PerParameter(FusibleOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "optimizer_class": self.optimizer_class}
 
-    def update_param(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None = None) -> None:
-        """See :meth:`FusibleOptimizer.update_param`. For 16-bit parameters, one float32 copy of this one is made."""
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:
+        """The class's own step; for a 16-bit parameter on a float32 copy of it."""
         inner = self._inner.get(param)
         if inner is None:
             inner = self._inner[param] = self._make_inner(param, group)
@@ -75,13 +78,17 @@ class PerParameter(FusibleOptimizer):
         proxy = inner_group["params"][0]
         sixteen_bit = param.dtype in SIXTEEN_BIT
         if sixteen_bit:
-            proxy.data = param.detach().to(torch.float32)
+            writer = self._writer(param, group)
+            proxy.data = writer.read(param.detach(), 0)
         kept = param.grad  # unfused, the gradient belongs to the caller
         proxy.grad = prepared(grad, proxy.dtype, prepare)
         inner.step()
         proxy.grad = None
         if sixteen_bit:
-            self._write(param, proxy.detach(), group)
+            if kernels.wanted(param, proxy):
+                kernels.round_into(param, proxy.detach(), **writer.kernel_options(param))
+            else:
+                writer.write(param, proxy.detach(), 0)
             proxy.data = torch.empty(0, device=param.device)
         else:
             param.grad = kept
@@ -105,15 +112,10 @@ class PerParameter(FusibleOptimizer):
         inner = self.optimizer_class([proxy], **_constructor_options(self.optimizer_class, options))
         saved = self.state.get(param, {})
         inner.param_groups[0].update(saved.get(_GROUP, {}))
-        loaded = {name: value for name, value in saved.items() if name not in ("rounding_step", _GROUP)}
+        loaded = {name: value for name, value in saved.items() if name not in (ROUNDING_STEP, COMPENSATION, _GROUP)}
         if loaded:
             inner.state[proxy] = loaded
         return inner
-
-    def _write(self, param: Tensor, value: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
-        step = state["rounding_step"] = state.get("rounding_step", 0) + 1
-        self._writer(param, group, step)(param, value, 0)
 
 
 def _own_entries(inner_group: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:

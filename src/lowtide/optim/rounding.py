@@ -3,6 +3,9 @@
 Round-to-nearest loses every update smaller than half the distance between neighbouring 16-bit numbers: 200 steps of 1e-3
 down from 1.0 in bfloat16 stay at 1.0. Stochastic rounding goes up or down with a probability proportional to the
 distance, so the expected value is exact (Gupta et al., "Deep Learning with Limited Numerical Precision", 2015).
+Compensated rounding (Kahan 1965) loses nothing at all: what was rounded away is kept in 2 more bytes a parameter and
+added again before the next update. For bfloat16 these bytes are the lower half of the float32 number, so the two
+together are float32 weights, exactly.
 
 The noise is a counter-based hash of (key, position in the tensor), not a stateful generator: it does not depend on the
 slice size, the number of threads or the device, and nothing has to be stored to continue a run bit for bit.
@@ -15,12 +18,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ROUNDINGS = ("nearest", "stochastic")
+ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 # Elements per slice. A float32 slice is 1 MiB on a CPU, which stays in the cache of one core; a GPU wants longer
 # kernels, so there it is 64 MiB. Even, because one hash serves two elements.
 CPU_SLICE_NUMEL = 2**18
 GPU_SLICE_NUMEL = 2**24
+
+COMPENSATION_SCALE_FLOAT16 = 4096.0  # half the spacing of the largest numbers, 16, becomes float16's largest
 
 _MAX_FLOAT16 = 65504.0
 _MIN_NORMAL_FLOAT16 = 2.0**-14
@@ -114,6 +119,8 @@ def round_stochastic_(target: Tensor, value: Tensor, key: int, offset: int = 0) 
     if target.dtype == torch.bfloat16:
         # bfloat16 is the upper half of float32: add a random lower half (noise + 32768 is uniform in 0..65535), then
         # cut the lower half off. A carry moves the upper half to the next number away from zero.
+        if value.device.type != "cpu":  # a GPU's NaN has a full mantissa, which would carry over into a zero
+            value.masked_fill_(value.isnan(), torch.nan)
         value.view(torch.int32).add_(noise).add_(32768).bitwise_and_(-65536)
         target.copy_(value)
     else:
@@ -130,3 +137,45 @@ def _stochastic_float16(value: Tensor, noise: Tensor) -> Tensor:
     subnormal = (below + (steps - below > chance)) * _SUBNORMAL_STEP_FLOAT16
     rounded = torch.where(magnitude < _MIN_NORMAL_FLOAT16, subnormal, normal).clamp_(-_MAX_FLOAT16, _MAX_FLOAT16)
     return torch.where(magnitude <= _MAX_FLOAT16, rounded, value)  # infinities and NaN are passed on, not hidden
+
+
+def compensation_like(param: Tensor) -> Tensor:
+    """The state of compensated rounding for a 16-bit parameter whose value is what it holds now: zeros, contiguous.
+
+    Returns:
+        int16 for bfloat16 (the lower half of the float32 number, seen as signed), float16 for float16 (4096 times the
+        rounding error, so that small errors do not become subnormal).
+    """
+    dtype = torch.int16 if param.dtype == torch.bfloat16 else torch.float16
+    return torch.zeros(param.shape, dtype=dtype, device=param.device)
+
+
+def read_compensated(param: Tensor, compensation: Tensor) -> Tensor:
+    """The float32 value of a 16-bit parameter and its compensation, which have the same shape."""
+    if param.dtype == torch.bfloat16:
+        value = param.to(torch.float32)
+        value.view(torch.int32).add_(compensation)
+        return value
+    return param.to(torch.float32).add_(compensation, alpha=1.0 / COMPENSATION_SCALE_FLOAT16)
+
+
+def round_compensated_(target: Tensor, value: Tensor, compensation: Tensor) -> None:
+    """Write float32 ``value`` into 16-bit ``target`` and what was rounded away into ``compensation``. Destroys ``value``.
+
+    Args:
+        target: bfloat16 or float16, any shape; written in place.
+        value: float32, same shape.
+        compensation: as from :func:`compensation_like`, same shape; written in place.
+    """
+    if target.dtype == torch.float16:
+        target.copy_(value)
+        rest = (
+            value.sub_(target).mul_(COMPENSATION_SCALE_FLOAT16).nan_to_num_(0.0, 0.0, 0.0)
+        )  # infinity minus infinity is none
+        compensation.copy_(rest.clamp_(-_MAX_FLOAT16, _MAX_FLOAT16))
+        return
+    # The upper half is rounded half away from zero, so that the signed rest always fits 16 bits; it would carry a NaN
+    # with a full mantissa over into a zero, therefore NaN goes in as torch's own bit pattern.
+    bits = value.masked_fill_(value.isnan(), torch.nan).view(torch.int32)
+    compensation.copy_(bits)  # keeps the lower 16 bits
+    target.copy_(bits.sub_(compensation).view(torch.float32))

@@ -10,9 +10,12 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+from ..units import parse_bytes
+
 OPTIMIZERS = ("adalomo", "lomo", "adamw", "sgd")
 SCHEDULES = ("linear", "cosine", "constant")
-ROUNDINGS = ("nearest", "stochastic")
+ROUNDINGS = ("stochastic", "compensated", "nearest")
+CLIPS = ("exact", "adaptive")
 DTYPES = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 
 # The same rates serve float32 and 16-bit weights, because 16-bit weights are rounded stochastically: an update that is
@@ -110,6 +113,13 @@ class TrainConfig:
     clip_grad_norm: float | None = _option(
         OPTIMISATION, "the largest norm of the gradient over all parameters; default: no limit", default=None
     )
+    clip: str = _option(
+        OPTIMISATION,
+        "how clip_grad_norm is kept: exact measures the norm first, in a backward pass of its own; adaptive does so in the "
+        "first 20 steps, and then holds each gradient to a little more than its own running norm, at no cost",
+        CLIPS,
+        default="exact",
+    )
     clip_grad_value: float | None = _option(
         OPTIMISATION, "the largest absolute value of a gradient's element; default: no limit", default=None
     )
@@ -124,9 +134,17 @@ class TrainConfig:
     dtype: str = _option(MEMORY, "number format of the weights and of the computation", DTYPES[:3], default="bfloat16")
     rounding: str | None = _option(
         MEMORY,
-        "of updated 16-bit weights; default: stochastic, so that small updates count on average",
+        "of updated 16-bit weights: stochastic, so that small updates count on average; compensated, exact at 2 more bytes a "
+        "parameter; nearest, which loses small updates; default: stochastic",
         ROUNDINGS,
         default=None,
+    )
+    clip_memory: str = _option(
+        MEMORY,
+        "spare memory for gradients that exact clipping keeps between its two passes instead of computing them again, as a "
+        "size like 2GiB; with room for all of them there is a single pass",
+        default="0",
+        metavar="SIZE",
     )
     device: str = _option(MEMORY, "auto (the GPU if there is one), cpu, cuda or cuda:N", default="auto")
     threads: int | None = _option(MEMORY, "processor threads for the computation; default: torch decides", default=None)
@@ -150,6 +168,14 @@ class TrainConfig:
         """The highest learning rate: ``lr``, or the default of the optimizer."""
         return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
 
+    @property
+    def clip_memory_bytes(self) -> int:
+        """``clip_memory`` in bytes."""
+        try:
+            return parse_bytes(self.clip_memory)
+        except ValueError as error:
+            raise ValueError(f"clip_memory: {error}") from None
+
     def validate(self) -> None:
         """Check every field on its own and the combinations.
 
@@ -163,10 +189,14 @@ class TrainConfig:
             raise ValueError(
                 f"micro_batch_size must not be larger than batch_size ({self.batch_size}), got {self.micro_batch_size}"
             )
-        if self.rounding == "stochastic" and self.dtype in ("float32", "fp32"):
+        if self.rounding in ("stochastic", "compensated") and self.dtype in ("float32", "fp32"):
             raise ValueError(
-                "rounding stochastic is for 16-bit weights and means nothing for dtype float32: leave it out"
+                f"rounding {self.rounding} is for 16-bit weights and means nothing for dtype float32: leave it out"
             )
+        if self.clip == "adaptive" and self.clip_grad_norm is None:
+            raise ValueError("clip adaptive needs clip_grad_norm, the bound of its first steps: 1 is usual")
+        if self.clip_memory_bytes and (self.clip_grad_norm is None or self.clip == "adaptive"):
+            raise ValueError("clip_memory is for clip exact with a clip_grad_norm: leave it out")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON can hold them; ``TrainConfig(**config.to_dict())`` is the same again."""
@@ -195,6 +225,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("optimizer", OPTIMIZERS),
         ("schedule", SCHEDULES),
         ("dtype", DTYPES),
+        ("clip", CLIPS),
         ("rounding", (*ROUNDINGS, None)),
     ):
         value = getattr(config, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ class Reporter:
         listeners: called with every event, in this order.
         num_steps: steps taken, skipped ones included.
         num_skipped: steps that updated nothing.
-        num_skipped_in_a_row: those since the last step that updated.
+        num_skipped_in_a_row: those, and broken-off ones, since the last good step; overflows of a loss scale that can still fall
+            do not count.
     """
 
     def __init__(self, device: str) -> None:
@@ -54,13 +56,19 @@ class Reporter:
         self._tell("config", **facts)
 
     def step(self, batch: Mapping[str, Tensor], loss: float, **facts: Any) -> None:
-        """Report one step: ``facts`` are lr, grad_norm, epoch and skipped."""
+        """Report one step: ``facts`` are lr, epoch, and what the engine says of it (see ``events.py``)."""
         now = time.perf_counter()
         mask = batch.get("attention_mask")
         num_tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         self.num_steps += 1
         self.num_skipped += facts["skipped"]
-        self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if facts["skipped"] else 0
+        broken = facts["skipped"] or facts.get("partial", False)
+        # Overflows are how a loss scale finds its level, as long as it can still fall.
+        scale = facts.get("loss_scale")
+        if broken and (scale is None or scale <= 1.0 or not math.isfinite(loss)):
+            self.num_skipped_in_a_row += 1
+        elif not broken:
+            self.num_skipped_in_a_row = 0
         speed = num_tokens / max(now - self._last, 1e-9)
         self._tell("train", loss=loss, num_tokens=num_tokens, tokens_per_s=speed, **self._memory(), **facts)
         self._last = time.perf_counter()

@@ -148,6 +148,8 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
         micro_batch_size=config.micro_batch_size,
         clip_grad_norm=config.clip_grad_norm,
         clip_grad_value=config.clip_grad_value,
+        clip=config.clip,
+        clip_memory_bytes=config.clip_memory_bytes,
     )
     num_steps = count_steps(config, len(data.train))
     schedule = make_schedule(config.schedule, num_steps, config.warmup_ratio)
@@ -224,14 +226,24 @@ def _run_steps(run: _Run) -> None:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        skipped, grad_norm = engine.step_skipped, engine.grad_norm
-        report.step(batch, loss.item(), lr=lr, grad_norm=grad_norm, epoch=epoch, skipped=skipped)
+        report.step(batch, loss.item(), lr=lr, epoch=epoch, **_outcome(engine))
         if report.num_skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(_broken(run))
         if run.stop.requested:
             break
         if run.evaluation_is_due():
             run.evaluate()
+
+
+def _outcome(engine: Engine) -> dict[str, Any]:
+    """What the engine says of the step just taken."""
+    return {
+        "grad_norm": engine.grad_norm,
+        "skipped": engine.step_skipped,
+        "partial": engine.step_partial,
+        "loss_scale": engine.loss_scale and engine.loss_scale.scale,
+        "lost_updates": engine.lost_update_share,
+    }
 
 
 def _facts(run: _Run) -> dict[str, Any]:

