@@ -6,8 +6,14 @@ import pytest
 import yaml
 
 from lowtide.cli import find_lr
+from lowtide.training import range_test
 
 SETTINGS = ["--dtype", "float32", "--max-seq-len", "32", "--device", "cpu", "--eval-fraction", "0.1"]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(range_test, "STEPS_PER_DECADE", 5)
 
 
 @pytest.fixture
@@ -21,7 +27,7 @@ def test_recommends_and_writes_beside_the_output(lowtide, typed, tmp_path):
     assert "Trying learning rates from 1e-05 to 1 with adalomo" in result.out
     assert "Recommended learning rate: " in result.out
     assert "held-out sequences fell from " in result.out
-    assert "step 10/75  loss " in result.out
+    assert "step 10/25  loss " in result.out
     files = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert files == ["out.find-lr.json", "out.find-lr.png"]
     assert (tmp_path / "runs" / "out.find-lr.png").read_bytes().startswith(b"\x89PNG")
@@ -63,8 +69,6 @@ def test_without_matplotlib_the_numbers_remain(lowtide, typed, tmp_path, monkeyp
 
 
 def test_no_recommendation_is_exit_code_1(lowtide, typed, tmp_path, monkeypatch):
-    from lowtide.training import range_test
-
     monkeypatch.setattr(range_test, "default_range", lambda config: (1e-9, 1e-8))
     result = lowtide("train", "--find-lr", *typed)
     assert result.code == 1
@@ -74,8 +78,6 @@ def test_no_recommendation_is_exit_code_1(lowtide, typed, tmp_path, monkeypatch)
 
 
 def test_a_rate_that_is_not_trustworthy_says_so(lowtide, typed, monkeypatch):
-    from lowtide.training import range_test
-
     monkeypatch.setattr(range_test, "default_range", lambda config: (1e-4, 1e-2))
     result = lowtide("train", "--find-lr", *typed)
     assert result.code == 0
@@ -83,8 +85,6 @@ def test_a_rate_that_is_not_trustworthy_says_so(lowtide, typed, monkeypatch):
 
 
 def test_ctrl_c_is_130_and_leaves_nothing(lowtide, typed, tmp_path, monkeypatch):
-    from lowtide.training import range_test
-
     def interrupted(*arguments):
         raise KeyboardInterrupt
 

@@ -11,7 +11,7 @@ from lowtide.training.range_test import default_range
 
 
 def find(config, **options):
-    return find_lr(config, show_progress=False, **({"num_steps": 40} | options))
+    return find_lr(config, show_progress=False, **({"num_steps": 24} | options))
 
 
 @pytest.fixture
@@ -53,20 +53,20 @@ def test_the_rate_lies_in_the_range_and_below_divergence(make_config, optimizer,
 def test_it_ends_early_when_the_loss_diverges(make_config):
     finding = find(make_config(optimizer="lomo", clip_grad_norm=1.0))
     assert finding.lr_diverged is not None
-    assert len(finding.points) < 40
+    assert len(finding.points) < 24
     assert finding.points[-1].lr < 100
 
 
 def test_same_settings_same_finding_and_the_random_state_is_left_alone(make_config):
     state = torch.get_rng_state()
-    one, two = find(make_config()), find(make_config())
+    one, two = (find(make_config(), num_steps=10) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert [point.loss for point in one.points] == [point.loss for point in two.points]
 
 
 def test_a_given_model_is_as_before(make_config, model, tmp_path):
     before = copy_of(model)
-    finding = find(make_config(device="auto"), model=model)
+    finding = find(make_config(device="auto"), model=model, num_steps=12)
     assert finding.recommended is not None
     assert is_unchanged(model, before)
     assert model.training is False
@@ -74,7 +74,7 @@ def test_a_given_model_is_as_before(make_config, model, tmp_path):
     assert all(param.grad is None for param in model.parameters())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["task.jsonl"]
     # not fused any more, and the same test on it says the same
-    again = find(make_config(), model=model)
+    again = find(make_config(), model=model, num_steps=12)
     assert [point.loss for point in again.points] == [point.loss for point in finding.points]
 
 
@@ -102,12 +102,12 @@ def test_a_given_model_is_as_before_also_after_an_error(make_config, model, tmp_
     if error == "in the backward":
         model.model.layers[0].mlp.up_proj.weight.register_hook(fail_in_backward)
     with pytest.raises(KeyboardInterrupt if error in (KeyboardInterrupt, "ctrl-c") else Broken):
-        find(make_config(), model=model, on_event=fail)
+        find(make_config(), model=model, on_event=fail, num_steps=12)
     assert is_unchanged(model, before)
     assert all(param.grad is None for param in model.parameters())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["task.jsonl"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert find(make_config(), model=model).recommended is not None
+    assert not hasattr(model, "_lowtide_engine")
 
 
 def test_rates_that_change_nothing_never_fall_and_never_diverge(make_config):
