@@ -141,3 +141,14 @@ def test_an_allocation_on_cuda_is_seen():
     before = device_available_bytes("cuda")
     block = torch.zeros(64 * MIB, dtype=torch.uint8, device="cuda")
     assert before - device_available_bytes("cuda") == pytest.approx(block.numel(), abs=32 * MIB)
+
+
+@pytest.mark.parametrize(
+    "machine, capability, expected",
+    [("x86_64", "AVX2", False), ("AMD64", "DEFAULT", False), ("x86_64", "AVX512", True), ("aarch64", "DEFAULT", True)],
+)
+def test_bfloat16_is_for_processors_that_have_it(monkeypatch, machine, capability, expected):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert hardware.computes_bfloat16() is expected
+    assert hardware.computes_bfloat16("cuda")

@@ -1,10 +1,17 @@
 """Whether it fits: what a model takes, and what this machine has."""
 
 from .footprint import num_parameters, weights_bytes
-from .hardware import available_host_bytes, device_available_bytes, peak_resident_bytes, resident_bytes
+from .hardware import (
+    available_host_bytes,
+    computes_bfloat16,
+    device_available_bytes,
+    peak_resident_bytes,
+    resident_bytes,
+)
 
 __all__ = [
     "available_host_bytes",
+    "computes_bfloat16",
     "device_available_bytes",
     "num_parameters",
     "peak_resident_bytes",

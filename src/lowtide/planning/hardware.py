@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,16 @@ def peak_resident_bytes(*, root: Path = Path("/")) -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts in bytes, everything else in KiB.
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def computes_bfloat16(device: str | torch.device = "cpu") -> bool:
+    """Whether a device multiplies bfloat16 matrices at a useful speed.
+
+    An x86 processor without AVX-512 does not: torch then takes about twenty times as long as in float32.
+    """
+    if torch.device(device).type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return True
+    return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
 
 
 def device_available_bytes(device: str | torch.device) -> int:

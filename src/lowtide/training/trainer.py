@@ -25,7 +25,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..evaluation import LossResult, evaluate_loss
 from ..fusing import fuse
+from ..log import get_logger
 from ..models import load_model, load_tokenizer, parse_dtype, save_model
+from ..planning import computes_bfloat16
 from .config import TrainConfig
 from .events import EventLog, Listener
 from .interrupt import StopAfterStep
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..fused import Engine
+
+_logger = get_logger(__name__)
 
 # So many steps without a finite loss in a row do not pass by themselves: the weights or the data are broken.
 _MAX_SKIPPED_IN_A_ROW = 10
@@ -133,6 +137,11 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
     device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if parse_dtype(config.dtype) == torch.bfloat16 and not computes_bfloat16(device):
+        _logger.warning(
+            "this processor has no instructions for bfloat16, and steps take many times as long as in float32: use dtype float32 "
+            "if the memory allows it"
+        )
     records, held_out = read_data(config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     data = encode_data(config, records, held_out, tokenizer)
