@@ -9,6 +9,7 @@ twice over the same graph: once to measure, once to update (LOMO paper, section 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,30 +28,41 @@ class GradNorm:
     """
 
     def __init__(self, value: float | None = None, inv_scale: float = 1.0) -> None:
-        self._norms: list[Tensor] = []
+        self._norms: list[Tensor] = []  # on devices that the host does not wait for
+        self._sum_squares = 0.0  # of those that the host has seen
         self._value, self._inv_scale = value, inv_scale
 
-    def add(self, grad: Tensor) -> Tensor | None:
+    def add(self, grad: Tensor, on_host: bool) -> Tensor | float | None:
         """Take in one complete gradient, any shape.
 
+        Args:
+            grad: the gradient.
+            on_host: its norm may be read at once, because nothing has to be waited for.
+
         Returns:
-            Its own norm, zero-dimensional float32 on its device, without the loss scale; None if the whole norm is known
-            already, and nothing was done.
+            Its own norm without the loss scale: a number if it was read, else zero-dimensional float32 on its device; None if
+            the whole norm is known already, and nothing was done.
         """
         if self._value is not None:
             return None
         norm = _norm_16bit(grad) if grad.dtype in (torch.bfloat16, torch.float16) else torch.linalg.vector_norm(grad)
-        if self._inv_scale != 1.0:
-            norm = norm * self._inv_scale
+        if on_host:
+            value = norm.item() * self._inv_scale
+            self._sum_squares += value * value
+            return value
+        norm = norm * self._inv_scale
         self._norms.append(norm)
         return norm
 
     def value(self) -> float:
         """The norm over everything added; reading it waits for the device. 0.0 if nothing was added."""
         if self._value is None:
-            device = self._norms[0].device if self._norms else torch.device("cpu")
-            norms = [norm.to(device, torch.float32) for norm in self._norms]
-            self._value = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+            squares = self._sum_squares
+            if self._norms:
+                device = self._norms[0].device
+                norms = [norm.to(device, torch.float32) for norm in self._norms]
+                squares += float(torch.linalg.vector_norm(torch.stack(norms))) ** 2
+            self._value = math.sqrt(squares)
         return self._value
 
 
@@ -91,9 +103,9 @@ class AdaptiveClip:
         """The next step is one that is clipped by the global norm."""
         return self.num_warmup_steps < self.warmup_steps
 
-    def measured(self, param: Tensor, norm: Tensor) -> None:
-        """In the first pass of a warm-up step: the norm of one parameter's gradient, zero-dimensional."""
-        self._measured[param] = norm
+    def measured(self, param: Tensor, norm: Tensor | float) -> None:
+        """In the first pass of a warm-up step: the norm of one parameter's gradient, a number or zero-dimensional."""
+        self._measured[param] = torch.as_tensor(norm, dtype=torch.float32)
 
     def warm_up(self, coefficient: float) -> None:
         """After that pass: what its gradients will be multiplied with."""
@@ -109,13 +121,14 @@ class AdaptiveClip:
         """That pass came to nothing."""
         self._measured = {}
 
-    def coefficient(self, param: Tensor, norm: Tensor) -> Tensor:
+    def coefficient(self, param: Tensor, norm: Tensor | float) -> Tensor:
         """What this gradient is multiplied with; zero-dimensional, on its device, at most 1.
 
         Args:
             param: the parameter.
-            norm: of its complete gradient, zero-dimensional float32; one that is not finite does not count.
+            norm: of its complete gradient, a number or zero-dimensional float32; one that is not finite does not count.
         """
+        norm = torch.as_tensor(norm, dtype=torch.float32)
         running = self._running.get(param)
         if running is None:
             running = self._running[param] = torch.zeros_like(norm)

@@ -157,7 +157,7 @@ class BackwardPass:
         if self.clip_grad_value is not None:  # the norm is that of what will be applied
             limit = min(self.clip_grad_value / self._inv_scale, torch.finfo(grad.dtype).max)
             grad.clamp_(-limit, limit)
-        norm = self._norm.add(grad)
+        norm = self._norm.add(grad, grad.device.type in self._sees_gradients_of)
         if self.adaptive is not None and norm is not None:
             self.adaptive.measured(slot.param, norm)
         if self._kept is not None:
@@ -165,12 +165,12 @@ class BackwardPass:
 
     def prepare(self, slot: Slot, grad: Tensor) -> Prepare | None:
         """What to do to a complete gradient before its update. May find that there must be none: see ``skipping``."""
-        norm = self._norm.add(grad)
+        norm = self._norm.add(grad, grad.device.type in self._sees_gradients_of)
         if norm is None:  # the second pass
             return self._prepare
-        if grad.device.type not in self._sees_gradients_of:
+        if not isinstance(norm, float):
             return self._prepare_on_device(slot, norm)
-        if not math.isfinite(norm.item()):
+        if not math.isfinite(norm):
             self._found_broken()
             return None
         if self.adaptive is None:

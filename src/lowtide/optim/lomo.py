@@ -54,8 +54,12 @@ class Lomo(FusibleOptimizer):
         if param.dtype in SIXTEEN_BIT:
             self._update_16bit(param, grad, group, prepare, step_size, decay)
             return
-        numel = param.numel() if prepare is None else slice_numel(param.device)
-        for param_slice, grad_slice, _ in paired_slices(param, grad, numel):
+        if prepare is None:
+            if decay != 1.0:
+                param.mul_(decay)
+            param.add_(grad, alpha=-step_size)
+            return
+        for param_slice, grad_slice, _ in paired_slices(param, grad, slice_numel(param.device)):
             if decay != 1.0:
                 param_slice.mul_(decay)
             param_slice.add_(prepared(grad_slice, compute_dtype(param), prepare), alpha=-step_size)
