@@ -137,11 +137,6 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
     device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if parse_dtype(config.dtype) == torch.bfloat16 and not computes_bfloat16(device):
-        _logger.warning(
-            "this processor has no instructions for bfloat16, and steps take many times as long as in float32: use dtype float32 "
-            "if the memory allows it"
-        )
     records, held_out = read_data(config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     data = encode_data(config, records, held_out, tokenizer)
@@ -149,6 +144,11 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
     if model is None:
         model = load_model(config.model, dtype=dtype, device=device, trust_remote_code=trusted)
     check_disk(output, model)
+    if parse_dtype(config.dtype) == torch.bfloat16 and not computes_bfloat16(device):
+        _logger.warning(
+            "this processor has no instructions for bfloat16, and steps take many times as long as in float32: use dtype float32 "
+            "if the memory allows it"
+        )
     torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
     optimizer = make_optimizer(config, model.train())
     engine = fuse(
