@@ -150,7 +150,7 @@ def test_gradients_are_not_looked_at_one_by_one_on_an_accelerator(clip):
     optimizer = lowtide.Lomo(model.parameters(), lr=0.1)
     options = {"clip_grad_norm": 1.0, "clip": "adaptive", "clip_warmup_steps": 1} if clip == "adaptive" else {}
     engine = lowtide.fuse(model, optimizer, **options)
-    engine._sees_gradients_of = set()
+    engine._reads_norms = False
     engine.backward(model(**tiny_batch()).loss)
     optimizer.step()
     before = Snapshot(model)
@@ -173,11 +173,11 @@ def test_gradients_are_not_looked_at_one_by_one_on_an_accelerator(clip):
 
 def test_both_paths_give_the_same_weights():
     models = []
-    for seen in ({"cpu"}, set()):
+    for reads in (True, False):
         model = tiny_model()
         optimizer = lowtide.Lomo(model.parameters(), lr=0.1)
         engine = lowtide.fuse(model, optimizer, clip_grad_norm=0.5, clip="adaptive", clip_warmup_steps=2)
-        engine._sees_gradients_of = seen
+        engine._reads_norms = reads
         for step in range(6):
             engine.backward(model(**tiny_batch(step)).loss)
             optimizer.step()

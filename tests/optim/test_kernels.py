@@ -45,7 +45,7 @@ def read(param, compensation):
 
 
 def write(param, value, rounding, compensation):
-    value = value.masked_fill(value.isnan(), NAN)  # the twin of stochastic rounding loses NaN of other bit patterns
+    value = value.clone()  # the twins destroy it
     if rounding == "nearest":
         param.copy_(value)
     elif rounding == "stochastic":

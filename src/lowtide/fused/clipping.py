@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..optim.base import SIXTEEN_BIT
+
 # Elements that are converted to float32 at a time on a CPU, where a 16-bit norm would be rounded to 16 bits.
 _SLICE_NUMEL = 2**18
 
@@ -29,29 +31,24 @@ class GradNorm:
 
     def __init__(self, value: float | None = None, inv_scale: float = 1.0) -> None:
         self._norms: list[Tensor] = []  # on devices that the host does not wait for
-        self._sum_squares = 0.0  # of those that the host has seen
+        self._sum_squares = 0.0  # of those that the host has read
         self._value, self._inv_scale = value, inv_scale
 
-    def add(self, grad: Tensor, on_host: bool) -> Tensor | float | None:
-        """Take in one complete gradient, any shape.
+    @property
+    def is_known(self) -> bool:
+        """It was given or has been read: nothing is to be added."""
+        return self._value is not None
 
-        Args:
-            grad: the gradient.
-            on_host: its norm may be read at once, because nothing has to be waited for.
-
-        Returns:
-            Its own norm without the loss scale: a number if it was read, else zero-dimensional float32 on its device; None if
-            the whole norm is known already, and nothing was done.
-        """
-        if self._value is not None:
-            return None
-        norm = _norm_16bit(grad) if grad.dtype in (torch.bfloat16, torch.float16) else torch.linalg.vector_norm(grad)
-        if on_host:
-            value = norm.item() * self._inv_scale
-            self._sum_squares += value * value
-            return value
-        norm = norm * self._inv_scale
+    def add(self, grad: Tensor) -> Tensor:
+        """Take in one complete gradient, any shape; returns its own norm, float32 and zero-dimensional on its device."""
+        norm = _norm(grad) * self._inv_scale
         self._norms.append(norm)
+        return norm
+
+    def read(self, grad: Tensor) -> float:
+        """The same, where nothing has to be waited for: returns the gradient's own norm as a number."""
+        norm = _norm(grad).item() * self._inv_scale
+        self._sum_squares += norm * norm
         return norm
 
     def value(self) -> float:
@@ -66,7 +63,9 @@ class GradNorm:
         return self._value
 
 
-def _norm_16bit(grad: Tensor) -> Tensor:
+def _norm(grad: Tensor) -> Tensor:
+    if grad.dtype not in SIXTEEN_BIT:
+        return torch.linalg.vector_norm(grad)
     if grad.device.type != "cpu" or not grad.is_contiguous() or grad.numel() <= _SLICE_NUMEL:
         return torch.linalg.vector_norm(grad, dtype=torch.float32)
     norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in grad.view(-1).split(_SLICE_NUMEL)]

@@ -55,7 +55,7 @@ class BackwardPass:
         # Gradients on an accelerator are not looked at one by one, which would make the host wait: a flag on each device
         # remembers that one was not finite, and turns the updates that follow into nothing.
         self._broken: dict[torch.device, Tensor] = {}
-        self._sees_gradients_of = {"cpu"}
+        self._reads_norms = True  # where the host has not to wait for them; tests take the accelerator's path on a CPU
 
     def _refuse_second_backward(self) -> None:
         raise NotImplementedError
@@ -157,19 +157,19 @@ class BackwardPass:
         if self.clip_grad_value is not None:  # the norm is that of what will be applied
             limit = min(self.clip_grad_value / self._inv_scale, torch.finfo(grad.dtype).max)
             grad.clamp_(-limit, limit)
-        norm = self._norm.add(grad, grad.device.type in self._sees_gradients_of)
-        if self.adaptive is not None and norm is not None:
+        norm = self._norm.read(grad) if grad.is_cpu and self._reads_norms else self._norm.add(grad)
+        if self.adaptive is not None:
             self.adaptive.measured(slot.param, norm)
         if self._kept is not None:
             self._kept.measured(slot, grad)
 
     def prepare(self, slot: Slot, grad: Tensor) -> Prepare | None:
         """What to do to a complete gradient before its update. May find that there must be none: see ``skipping``."""
-        norm = self._norm.add(grad, grad.device.type in self._sees_gradients_of)
-        if norm is None:  # the second pass
+        if self._norm.is_known:  # the second pass
             return self._prepare
-        if not isinstance(norm, float):
-            return self._prepare_on_device(slot, norm)
+        if not (grad.is_cpu and self._reads_norms):
+            return self._prepare_on_device(slot, self._norm.add(grad))
+        norm = self._norm.read(grad)
         if not math.isfinite(norm):
             self._found_broken()
             return None

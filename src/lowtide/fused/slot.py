@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .block import BlockRunner
     from .engine import Engine
 
+# Looked up once: the hook runs for every parameter in every step.
+_current_graph_task_id = torch._C._current_graph_task_id
+
 
 class Slot:
     """One trainable parameter: its optimizer, its hook, and the gradient it accumulates over micro-batches."""
@@ -57,7 +60,7 @@ class Slot:
         if not engine._open:
             engine.enter_backward(grad)
         in_its_block = engine._running is not None and engine._running is self.runner
-        if not in_its_block and not self.shared and engine._graph_task is not None:
+        if not (in_its_block or self.shared or engine._graph_task in (None, _current_graph_task_id())):
             self._refuse_nested()
         param.grad = None
         if engine._skip or (engine._kept is not None and self in engine._kept):
@@ -108,13 +111,12 @@ class Slot:
         self.optimizer.update_param(self.param, grad, self.optimizer.param_groups[self.group_index], prepare)
 
     def _refuse_nested(self) -> None:
-        if torch._C._current_graph_task_id() != self.engine._graph_task:
-            self.param.grad = None
-            raise RuntimeError(
-                "a gradient arrived from a nested backward pass: reentrant checkpointing does not work with a fused "
-                "backward (shared modules would be updated with part of their gradient). Use use_reentrant=False, or "
-                "switch checkpointing off: lowtide's blocks recompute their activations already."
-            )
+        self.param.grad = None
+        raise RuntimeError(
+            "a gradient arrived from a nested backward pass: reentrant checkpointing does not work with a fused "
+            "backward (shared modules would be updated with part of their gradient). Use use_reentrant=False, or "
+            "switch checkpointing off: lowtide's blocks recompute their activations already."
+        )
 
 
 def make_slots(engine: Engine, optimizers: Sequence[FusibleOptimizer]) -> dict[Tensor, Slot]:

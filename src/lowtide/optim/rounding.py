@@ -13,6 +13,7 @@ slice size, the number of threads or the device, and nothing has to be stored to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -119,12 +120,20 @@ def round_stochastic_(target: Tensor, value: Tensor, key: int, offset: int = 0) 
     if target.dtype == torch.bfloat16:
         # bfloat16 is the upper half of float32: add a random lower half (noise + 32768 is uniform in 0..65535), then
         # cut the lower half off. A carry moves the upper half to the next number away from zero.
-        if value.device.type != "cpu":  # a GPU's NaN has a full mantissa, which would carry over into a zero
-            value.masked_fill_(value.isnan(), torch.nan)
+        _make_nan_canonical_(value)
         value.view(torch.int32).add_(noise).add_(32768).bitwise_and_(-65536)
         target.copy_(value)
     else:
         target.copy_(_stochastic_float16(value, noise))
+
+
+def _make_nan_canonical_(value: Tensor) -> None:
+    """Give every NaN torch's own bits: one with a full mantissa, such as a GPU's, would carry over into a zero.
+
+    Filling costs as much as all the rest, so on a CPU a sum tells first whether it is needed.
+    """
+    if not (value.is_cpu and math.isfinite(value.sum().item())):
+        value.masked_fill_(value.isnan(), torch.nan)
 
 
 def _stochastic_float16(value: Tensor, noise: Tensor) -> Tensor:
@@ -174,8 +183,8 @@ def round_compensated_(target: Tensor, value: Tensor, compensation: Tensor) -> N
         )  # infinity minus infinity is none
         compensation.copy_(rest.clamp_(-_MAX_FLOAT16, _MAX_FLOAT16))
         return
-    # The upper half is rounded half away from zero, so that the signed rest always fits 16 bits; it would carry a NaN
-    # with a full mantissa over into a zero, therefore NaN goes in as torch's own bit pattern.
-    bits = value.masked_fill_(value.isnan(), torch.nan).view(torch.int32)
+    # The upper half is rounded half away from zero, so that the signed rest always fits 16 bits.
+    _make_nan_canonical_(value)
+    bits = value.view(torch.int32)
     compensation.copy_(bits)  # keeps the lower 16 bits
     target.copy_(bits.sub_(compensation).view(torch.float32))
