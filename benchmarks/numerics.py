@@ -31,7 +31,7 @@ WAYS = {
         "none, lr 0.005": {"lr": 0.005, "dtype": "float32", **UNCLIPPED},
         "none, lr 0.05": {"lr": 0.05, "dtype": "float32", **UNCLIPPED},
         "exact, lr 0.2": {"lr": 0.2, "dtype": "float32", **CLIPPED},
-        "adaptive, lr 0.2": {"lr": 0.2, "dtype": "float32", "clip": "adaptive", **CLIPPED},
+        "adaptive, lr 0.2": {"lr": 0.2, "dtype": "float32", "clip": "adaptive", "clip_warmup_steps": 5, **CLIPPED},
     },
     "rounding": {
         "float32": {"lr": 0.1, "dtype": "float32", **CLIPPED},

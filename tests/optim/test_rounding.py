@@ -157,41 +157,28 @@ def test_compensated_passes_specials_on(dtype):
 def test_a_thousand_tiny_updates_follow_float32_with_compensation(rule, dtype):
     """Each update is a hundredth of what the dtype can show; nearest rounding loses them all."""
 
-    def run(dtype, rounding):
+    def run(weights_dtype, rounding=None):
+        """(start, end, share of lost updates); start and gradients are numbers of the 16-bit dtype in any case."""
         generator = torch.Generator().manual_seed(0)
-        param = torch.nn.Parameter((torch.rand(16, 8, generator=generator) + 0.5).to(dtype))
-        lr = {"lomo": 1e-5, "adalomo": 1e-5, "adamw": 1e-5}[rule]
+        param = torch.nn.Parameter((torch.rand(16, 8, generator=generator) + 0.5).to(dtype).to(weights_dtype))
+        options = {"lr": 1e-5, "weight_decay": 0.0, "rounding": rounding}
         if rule == "adamw":
-            optimizer = lowtide.PerParameter(torch.optim.AdamW, [param], lr=lr, weight_decay=0.0, rounding=rounding)
+            optimizer = lowtide.PerParameter(torch.optim.AdamW, [param], **options)
         else:
-            optimizer = {"lomo": lowtide.Lomo, "adalomo": lowtide.AdaLomo}[rule]([param], lr=lr, rounding=rounding)
+            optimizer = {"lomo": lowtide.Lomo, "adalomo": lowtide.AdaLomo}[rule]([param], **options)
         start = param.detach().float().clone()
         for _ in range(1000):
-            grad = torch.rand(16, 8, generator=generator) + 0.5
-            param.grad = grad.to(dtype)
+            param.grad = (torch.rand(16, 8, generator=generator) + 0.5).to(dtype).to(weights_dtype)
             optimizer.step()
-        state = optimizer.state[param]
-        value = param.detach().float()
-        if rounding == "compensated" and dtype != torch.float32:
-            value = read_compensated(param.detach(), state["compensation"])
-        return start, value, optimizer.lost_updates.share()
+        end = param.detach().float()
+        if rounding == "compensated":
+            end = read_compensated(param.detach(), optimizer.state[param]["compensation"])
+        return start, end, optimizer.lost_updates.share()
 
+    start, exact, _ = run(torch.float32)
     _, compensated, share = run(dtype, "compensated")
-    assert share is None
-    start_nearest, nearest, lost = run(dtype, "nearest")
-    assert torch.equal(start_nearest, nearest) and lost == 1.0
-    # float32 from the same 16-bit start and the same 16-bit gradients
-    generator = torch.Generator().manual_seed(0)
-    param = torch.nn.Parameter((torch.rand(16, 8, generator=generator) + 0.5).to(dtype).float())
-    if rule == "adamw":
-        optimizer = lowtide.PerParameter(torch.optim.AdamW, [param], lr=1e-5, weight_decay=0.0)
-    else:
-        optimizer = {"lomo": lowtide.Lomo, "adalomo": lowtide.AdaLomo}[rule]([param], lr=1e-5)
-    start = param.detach().clone()
-    for _ in range(1000):
-        param.grad = (torch.rand(16, 8, generator=generator) + 0.5).to(dtype).float()
-        optimizer.step()
-    exact = param.detach()
+    _, nearest, lost = run(dtype, "nearest")
+    assert torch.equal(start, nearest) and lost == 1.0 and share is None
     assert (start - exact).abs().min() > 1e-3
     if dtype == torch.bfloat16 and rule != "adalomo":  # whose rate follows the rounded weights
         assert torch.equal(compensated, exact)

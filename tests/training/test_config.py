@@ -46,6 +46,7 @@ def test_defaults_are_valid():
         ({"rounding": "stochastic", "dtype": "float32"}, "rounding stochastic is for 16-bit"),
         ({"rounding": "compensated", "dtype": "fp32"}, "rounding compensated is for 16-bit"),
         ({"clip": "adaptiv", "clip_grad_norm": 1.0}, "did you mean adaptive"),
+        ({"clip_warmup_steps": 0}, "clip_warmup_steps must be at least 1"),
         ({"clip": "adaptive"}, "needs clip_grad_norm"),
         ({"clip": "adaptive", "optimizer": "lomo", "clip_grad_norm": 0.0}, "needs clip_grad_norm"),
         ({"clip_memory": "2GiB"}, "clip_memory is for clip exact"),

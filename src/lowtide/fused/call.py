@@ -28,10 +28,9 @@ class Call:
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         self.positions = [index for index, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         self.tensors = [self.leaves[index] for index in self.positions]
+        # Autograd keeps the tensors; holding them here too would outlive the backward pass
         for index in self.positions:
-            self.leaves[index] = (
-                None  # autograd keeps the tensors; holding them here too would outlive the backward pass
-            )
+            self.leaves[index] = None
         for leaf in self.leaves:
             if isinstance(leaf, MutableMapping | MutableSequence):
                 raise ValueError(

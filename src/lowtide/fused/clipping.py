@@ -41,7 +41,9 @@ class GradNorm:
 
     def add(self, grad: Tensor) -> Tensor:
         """Take in one complete gradient, any shape; returns its own norm, float32 and zero-dimensional on its device."""
-        norm = _norm(grad) * self._inv_scale
+        norm = _norm(grad)
+        if self._inv_scale != 1.0:
+            norm = norm * self._inv_scale
         self._norms.append(norm)
         return norm
 

@@ -7,7 +7,7 @@ fraction f of the gradients kept brings that down to (1 - f) times as much, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,13 +59,10 @@ class KeptGradients:
     def __contains__(self, slot: Slot) -> bool:
         return slot in self._grads
 
-    def take(self, slots: Iterable[Slot]) -> list[tuple[Slot, Tensor]]:
-        """Kept gradients of these slots, which are then no longer kept here."""
-        return [(slot, self._grads.pop(slot)) for slot in slots if slot in self._grads]
-
-    def take_all(self) -> list[tuple[Slot, Tensor]]:
-        """All that is still kept."""
-        return self.take(list(self._grads))
+    def take_all(self) -> Iterator[tuple[Slot, Tensor]]:
+        """All that is kept, one after the other; each is no longer kept here once it is handed out."""
+        while self._grads:
+            yield self._grads.popitem()
 
     def drop(self) -> None:
         """Forget everything."""

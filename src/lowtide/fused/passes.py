@@ -134,6 +134,7 @@ class BackwardPass:
         if self._kept is not None:
             for slot, grad in self._kept.take_all():
                 slot.apply(grad)
+                del grad  # before the next is handed out
 
     def _drop_all(self) -> None:
         for slot in self._slots.values():

@@ -123,10 +123,11 @@ class TrainConfig:
     clip: str = _option(
         OPTIMISATION,
         "how clip_grad_norm is kept: exact measures the norm first, in a backward pass of its own; adaptive does so in the "
-        "first 20 steps, and then holds each gradient to a little more than its own running norm, at no cost",
+        "first steps, and then holds each gradient to a little more than its own running norm, at no cost",
         CLIPS,
         default="exact",
     )
+    clip_warmup_steps: int = _option(OPTIMISATION, "steps that clip adaptive clips exactly", default=20)
     clip_grad_value: float | None = _option(
         OPTIMISATION, "the largest absolute value of a gradient's element; default: no limit", default=None
     )
@@ -253,7 +254,16 @@ def _check_choices(config: TrainConfig) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    counts = ("batch_size", "micro_batch_size", "max_steps", "epochs", "eval_every", "log_every", "threads")
+    counts = (
+        "batch_size",
+        "micro_batch_size",
+        "max_steps",
+        "epochs",
+        "eval_every",
+        "log_every",
+        "threads",
+        "clip_warmup_steps",
+    )
     for name, least in [*((name, 1) for name in counts), ("max_seq_len", 2), ("seed", 0)]:
         value = getattr(config, name)
         if value is not None and value < least:

@@ -144,7 +144,7 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
     if model is None:
         model = load_model(config.model, dtype=dtype, device=device, trust_remote_code=trusted)
     check_disk(output, model)
-    if parse_dtype(config.dtype) == torch.bfloat16 and not computes_bfloat16(device):
+    if dtype == torch.bfloat16 and not computes_bfloat16(device):
         _logger.warning(
             "this processor has no instructions for bfloat16, and steps take many times as long as in float32: use dtype float32 "
             "if the memory allows it"
@@ -158,6 +158,7 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
         clip_grad_norm=config.effective_clip_grad_norm,
         clip_grad_value=config.clip_grad_value,
         clip=config.clip,
+        clip_warmup_steps=config.clip_warmup_steps,
         clip_memory_bytes=config.clip_memory_bytes,
     )
     num_steps = count_steps(config, len(data.train))
