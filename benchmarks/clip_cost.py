@@ -1,10 +1,11 @@
 """What clipping and rounding cost: time of a step on the TinyLlama shape (1.1 B parameters), all ways paired in one process.
 
-    python benchmarks/clip_cost.py [--what clipping rounding] [--rounds 2] [--layers 22] [--dtype bfloat16] [--seq-len 128]
+    python benchmarks/clip_cost.py [--what clipping rounding update] [--rounds 2] [--layers 22] [--dtype bfloat16] [--seq-len 128]
 
 Batch 8 x 128 tokens, Lomo, random weights. In every round each way takes one step, in an order that changes from
 round to round; the ratio is that to the unclipped step (to rounding to nearest) of the same round, and its median is reported.
-``exact, all kept`` has room for all gradients between the passes (2.2 GB). Without bfloat16 instructions a bfloat16 step takes minutes: use float32 there. About ten minutes on two cores for two rounds of
+``exact, all kept`` has room for all gradients between the passes (2.2 GB). Without bfloat16 instructions a bfloat16 step takes minutes: use float32 there, and
+``update``, which times the updates of all parameters without a forward and a backward. About ten minutes on two cores for two rounds of
 both.
 """
 
@@ -28,6 +29,7 @@ CLIPPING = {
     "exact, all kept": {"clip_grad_norm": 1.0, "clip_memory_bytes": 1.01},
     "adaptive": {"clip_grad_norm": 1.0, "clip": "adaptive", "clip_warmup_steps": 1},
 }
+WHAT = ("clipping", "rounding", "update")
 ROUNDING = ("nearest", "stochastic", "compensated")
 
 
@@ -79,6 +81,30 @@ def compare(
         record(name, first, median, ratio, ratios, options)
 
 
+def compare_updates(model: LlamaForCausalLM, rounds: int, options: argparse.Namespace) -> None:
+    """Time of the updates of all parameters alone, without forward and backward: the part of a step that rounding is in."""
+    seconds: dict[str, list[float]] = {name: [] for name in ROUNDING}
+    for number in range(rounds + 1):
+        for name in ROUNDING:
+            optimizer = lowtide.Lomo(model.parameters(), lr=1e-4, rounding=name)
+            group, total = optimizer.param_groups[0], 0.0
+            with torch.no_grad():
+                for param in model.parameters():
+                    grad = torch.randn_like(param)
+                    optimizer.update_param(param, grad, group)  # makes the state
+                    start = time.perf_counter()
+                    optimizer.update_param(param, grad, group)
+                    total += time.perf_counter() - start
+            if number:
+                seconds[name].append(total)
+    numel = sum(param.numel() for param in model.parameters())
+    for name in ROUNDING:
+        ratios = [mine / base for mine, base in zip(seconds[name], seconds["nearest"], strict=True)]
+        median = statistics.median(seconds[name])
+        print(f"update, {name:11} {median:6.2f} s for all parameters, {median / numel * 1e9:.2f} ns each")
+        record(f"update, {name}", "update, nearest", median, statistics.median(ratios), ratios, options)
+
+
 def record(name: str, base: str, median: float, ratio: float, ratios: list[float], options: argparse.Namespace) -> None:
     path = ROOT / "results" / "clip_cost.csv"
     commit = subprocess.run(
@@ -100,7 +126,7 @@ def record(name: str, base: str, median: float, ratio: float, ratios: list[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--what", nargs="+", choices=("clipping", "rounding"), default=("clipping", "rounding"))
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--threads", type=int, default=2)
@@ -115,6 +141,8 @@ def main() -> None:
         compare(model, {name: (None, more) for name, more in CLIPPING.items()}, options.rounds, options)
     if "rounding" in options.what:
         compare(model, {name: (name, {}) for name in ROUNDING}, options.rounds, options)
+    if "update" in options.what:
+        compare_updates(model, options.rounds, options)
 
 
 if __name__ == "__main__":
