@@ -2,31 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .fused import AdaptiveClip, LossScale
 from .fused import Engine as _Engine
+from .fused.checks import check_model, check_optimizers
 from .models.blocks import find_blocks, resolve_blocks
-from .models.loss import ChunkedLoss
-from .weights import DeviceHome
+from .models.chunked_loss import ChunkedLoss, HeadForward
+from .weights import MixedHome, by_name, place
 
 
 class Engine(_Engine):
     """What :func:`fuse` returns: the fused engine of one model, and what was changed on the model for it."""
 
     chunked_loss: ChunkedLoss | None = None
+    head: HeadForward | None = None
+    home: MixedHome
+
+    def state_dict_of_model(self) -> dict[str, Tensor]:
+        """What ``model.state_dict()`` gives for an ordinary model, while weights are away: each where it lives.
+
+        Tensors of streamed blocks are in host memory, or mapped from the working copy on disk, and are to be read only and
+        before the next step: ``model.save_pretrained(directory, state_dict=engine.state_dict_of_model())``.
+        """
+        return {**self.model.state_dict(), **_with_aliases(self.model, self.home.tensors())}
 
     def remove(self) -> None:
-        """Take all hooks away: model and optimizers are ordinary again. Calling it twice does no harm."""
+        """Take all hooks away: model and optimizers are ordinary again. Calling it twice does no harm.
+
+        Weights that lived in host memory are there then, and so is the rest of the model; weights on disk are mapped from the
+        working copy, which must stay as long as the model is used.
+
+        Raises:
+            OSError: the last weights could not be written to the disk.
+        """
+        if not self._runners and not self._slots:
+            return
+        whole = not self._open  # no step was broken off in the middle
         super().remove()
         if self.chunked_loss is not None:
             self.chunked_loss.remove()
             self.chunked_loss = None
+        if self.head is not None:
+            self.head.remove()
+        if self.home.streamed:
+            self.home.close(whole)
+            self.model.to("cpu")
+
+
+def _with_aliases(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied parameters under all their names."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    aliases = {
+        name: tensors[names[id(param)]]
+        for name, param in model.named_parameters(remove_duplicate=False)
+        if names[id(param)] in tensors
+    }
+    return {**tensors, **aliases}
 
 
 def fuse(
@@ -40,7 +79,8 @@ def fuse(
     clip_warmup_steps: int = 20,
     clip_memory_bytes: int = 0,
     loss_scale: LossScale | float | str | None = "auto",
-    weights: str = "device",
+    weights: str | os.PathLike[str] | Mapping[str, str] = "device",
+    device: torch.device | str | None = None,
     blocks: Iterable[nn.Module | str] | None = None,
     chunked_loss: bool = True,
 ) -> Engine:
@@ -64,7 +104,11 @@ def fuse(
         clip_grad_value: every element of a gradient is clamped to plus or minus this, before clipping by norm.
         loss_scale: ``"dynamic"``, a :class:`LossScale`, a number for a fixed scale, or None. ``"auto"`` is dynamic for float16
             weights and None otherwise. Float16 autocast over other weights needs ``"dynamic"``.
-        weights: where the weights live; this version knows ``"device"``.
+        weights: where the weights live between uses. ``"device"``: where they are computed on. ``"cpu"``: in host memory, pinned
+            where there is a GPU. A path, which is not a bare word: a new or empty directory for a working copy on disk. Blocks
+            then visit the device one after the other, and embeddings and head are blocks of their own. Or a mapping from
+            names of modules to these, where ``""`` stands for all and what is not named lives on the device.
+        device: where blocks are computed when weights live elsewhere; None for the first GPU, or the CPU if there is none.
         blocks: modules, or their names; the name of a ModuleList stands for its children. None finds those of Hugging Face
             models; an empty list turns blocks off.
         chunked_loss: a Hugging Face causal language model computes its training loss in slices of the vocabulary, and returns
@@ -73,8 +117,6 @@ def fuse(
     Raises:
         ValueError, TypeError, RuntimeError: something here cannot be fused; the message says what to do instead.
     """
-    if weights != "device":
-        raise ValueError(f"weights={weights!r}: this version keeps weights on the device only, use weights='device'")
     for name, value in (
         ("micro_batch_size", micro_batch_size),
         ("clip_grad_norm", clip_grad_norm),
@@ -106,22 +148,96 @@ def fuse(
             "use fuse(..., blocks=[])"
         )
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    engine = Engine(
-        model,
-        optimizers,  # type: ignore[arg-type]  # checked by the engine, with a message for users
-        blocks=found,
-        home=DeviceHome(),
-        micro_batch_size=micro_batch_size,
-        clip_grad_norm=clip_grad_norm,
-        clip_grad_value=clip_grad_value,
-        adaptive=AdaptiveClip(clip_warmup_steps) if clip == "adaptive" else None,
-        loss_scale=_loss_scale(loss_scale, model),
-        kept_gradients_bytes=clip_memory_bytes,
-    )
+    check_model(model)
+    check_optimizers(model, optimizers, scaled=loss_scale is not None)  # type: ignore[arg-type]
+    compute_device = _compute_device(weights != "device", device)
+    wanted = _only_real_moves(_wanted_homes(weights), compute_device)
+    outer, head = _outer_blocks(model, found) if wanted else ([], None)
+    found = [*outer[:1], *found, *outer[1:]]
+    home = place(model, found, by_name(model, found, wanted), compute_device)
+    if head is not None:
+        head.install()
+    try:
+        engine = Engine(
+            model,
+            optimizers,  # type: ignore[arg-type]  # checked by the engine, with a message for users
+            blocks=found,
+            whole_batch=outer,
+            home=home,
+            micro_batch_size=micro_batch_size,
+            clip_grad_norm=clip_grad_norm,
+            clip_grad_value=clip_grad_value,
+            adaptive=AdaptiveClip(clip_warmup_steps) if clip == "adaptive" else None,
+            loss_scale=_loss_scale(loss_scale, model),
+            kept_gradients_bytes=clip_memory_bytes,
+        )
+    except BaseException:
+        if head is not None:
+            head.remove()
+        home.close()
+        raise
+    engine.home, engine.head = home, head
     if chunked_loss and (loss := ChunkedLoss.of(model)) is not None:
         loss.install()
         engine.chunked_loss = loss
     return engine
+
+
+def _wanted_homes(weights: str | os.PathLike[str] | Mapping[str, str]) -> dict[str, str]:
+    """By module name; empty if everything lives on the device."""
+    named: Mapping[str, str | os.PathLike[str]] = weights if isinstance(weights, Mapping) else {"": weights}
+    wanted: dict[str, str] = {}
+    for name, place_name in named.items():
+        if isinstance(place_name, str) and place_name not in ("device", "cpu") and not _is_path(place_name):
+            raise ValueError(
+                f"weights={place_name!r}: must be 'device', 'cpu', or a directory with a separator in its name, as './{place_name}'"
+            )
+        wanted[name] = os.fspath(place_name)
+    return wanted
+
+
+def _only_real_moves(wanted: dict[str, str], device: torch.device | None) -> dict[str, str]:
+    """On a CPU host memory is where weights are computed on: nothing is to be copied."""
+    if device is not None and device.type == "cpu":
+        wanted = {name: "device" if place_name == "cpu" else place_name for name, place_name in wanted.items()}
+    return wanted if set(wanted.values()) - {"device"} else {}
+
+
+def _is_path(text: str) -> bool:
+    return os.sep in text or "/" in text or Path(text).is_dir()
+
+
+def _outer_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[list[nn.Module], HeadForward | None]:
+    """Embedding and head of a Hugging Face model, which are blocks of their own where weights move."""
+    if not blocks:
+        raise ValueError(
+            "weights can only live elsewhere in blocks, and none were found in this model: name them with fuse(..., blocks=['layers'])"
+        )
+    inside = {id(module) for block in blocks for module in block.modules()}
+    hf_model: Any = model
+    embedding = hf_model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head = hf_model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    outer: list[nn.Module] = [
+        module
+        for module, kind in ((embedding, nn.Embedding), (head, nn.Linear))
+        if isinstance(module, kind) and id(module) not in inside
+    ]
+    if len(outer) == 2 and isinstance(head, nn.Linear):
+        return outer, HeadForward(head)
+    return [], None
+
+
+def _compute_device(moves: bool, device: torch.device | str | None) -> torch.device | None:
+    """None: where the parameters are."""
+    if device is None and moves:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return None if device is None else _with_index(torch.device(device))
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _loss_scale(wanted: LossScale | float | str | None, model: nn.Module) -> LossScale | None:

@@ -6,7 +6,8 @@ from torch.nn import functional
 
 from helpers import tiny_batch, tiny_model
 from lowtide.models import loss as module
-from lowtide.models.loss import ChunkedLoss, causal_lm_loss, linear_cross_entropy
+from lowtide.models.chunked_loss import ChunkedLoss, causal_lm_loss
+from lowtide.models.loss import linear_cross_entropy
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "gpt_neox", "gpt2", "mixtral", "qwen3_moe", "cohere", "granite"]
 

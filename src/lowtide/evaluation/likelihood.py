@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..models.loss import ChunkedLoss
+from ..models.chunked_loss import ChunkedLoss
 
 IGNORED = -100
 # Where the model makes its own logits, they exist for about this many tokens at a time, float32 copies for fewer.

@@ -95,9 +95,10 @@ class BlockRunner:
         """The block's forward in training; outside training, or without gradients, the original."""
         if not (self.block.training and torch.is_grad_enabled()):
             self.home.fetch(self.block)
-            output = self.original(*args, **kwargs)
-            self.home.release(self.block)
-            return output
+            try:
+                return self.original(*args, **kwargs)
+            finally:
+                self.home.release(self.block)
         self._refuse_checkpointing()
         if self.engine.loss_scale is None and _float16_autocast():
             raise RuntimeError(
@@ -169,19 +170,19 @@ class _RunBlock(torch.autograd.Function):
         tensors = list(ctx.saved_tensors)
         grads: list[Tensor | None] = [None] * len(tensors)
         home.fetch(block)
-        with keep_random_state(call.device), engine.block_backward(call.runner):
-            for number, micro_batch in enumerate(call.micro_batches):
-                engine.accumulate(number < len(call.micro_batches) - 1)
-                inputs = _recompute(call, number, tensors, needs_grad, grad_outputs)
-                _gather_grads(call, micro_batch, tensors, inputs, grads)
-            for slot in call.runner.slots:
-                if not slot.shared:
-                    slot.flush()  # had a gradient from an earlier micro-batch but none from the last
-        if engine.measuring:
-            home.release(block)
-        else:
-            home.write_back(block)
-            call.done = True
+        try:
+            with keep_random_state(call.device), engine.block_backward(call.runner):
+                for number, micro_batch in enumerate(call.micro_batches):
+                    engine.accumulate(number < len(call.micro_batches) - 1)
+                    inputs = _recompute(call, number, tensors, needs_grad, grad_outputs)
+                    _gather_grads(call, micro_batch, tensors, inputs, grads)
+                for slot in call.runner.slots:
+                    if not slot.shared:
+                        slot.flush()  # had a gradient from an earlier micro-batch but none from the last
+        finally:  # after an error, too: what has been updated is updated
+            updated = not engine.measuring and not all(slot.shared for slot in call.runner.slots)
+            (home.write_back if updated else home.release)(block)
+        call.done = call.done or not engine.measuring
         return (None, None, *grads)
 
 

@@ -6,6 +6,7 @@ Shape letters: B = batch, the first dimension of the block's first tensor argume
 from __future__ import annotations
 
 from collections.abc import MutableMapping, MutableSequence
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -78,13 +79,15 @@ class Call:
     def run_all(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run every micro-batch without a graph; returns the output's tensors, each for the whole batch."""
         home, block = self.runner.home, self.runner.block
-        home.fetch(block)
         outputs: list[Tensor] = []
-        for micro_batch in self.micro_batches:
-            self.random_states.append(RandomState(self.device))
-            leaves, spec = pytree.tree_flatten(self.forward(self.slices(tensors, micro_batch)))
-            self._collect(outputs, leaves, spec, micro_batch)
-        home.release(block)
+        home.fetch(block)
+        try:
+            for micro_batch in self.micro_batches:
+                self.random_states.append(RandomState(self.device))
+                leaves, spec = pytree.tree_flatten(self.forward(self.slices(tensors, micro_batch)))
+                self._collect(outputs, leaves, spec, micro_batch)
+        finally:
+            home.release(block)
         return outputs
 
     def _collect(self, outputs: list[Tensor], leaves: list[Any], spec: Any, micro_batch: tuple[int, int]) -> None:
@@ -112,10 +115,10 @@ class Call:
             )
         return (tensor.shape[0] // size * self.batch_size, *tensor.shape[1:])
 
-    def rows(self, whole: Tensor, micro_batch: tuple[int, int]) -> slice:
+    def rows(self, whole: Tensor, micro_batch: tuple[int, int]) -> slice | EllipsisType:
         """The rows of a whole-batch output that belong to a micro-batch (tokens of it, where they are flattened)."""
         if len(self.micro_batches) == 1:
-            return slice(None)
+            return ...
         per_sample = whole.shape[0] // self.batch_size
         return slice(micro_batch[0] * per_sample, micro_batch[1] * per_sample)
 

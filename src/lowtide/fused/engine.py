@@ -8,7 +8,7 @@ optimizer, which closes the step. Everything that would update twice, or not at 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +31,12 @@ _CHECK_LOST_EVERY = 100  # steps, and once after the tenth: reading it waits for
 
 
 class Engine(BackwardPass):
-    """Updates a model inside its backward pass. Made by :func:`lowtide.fuse`; see there for the arguments.
+    """Updates a model inside its backward pass. Made by :func:`lowtide.fuse`; see there for most arguments.
+
+    Args:
+        whole_batch: those of the blocks that take the whole batch at once, whatever the micro-batch.
+        home: of the blocks' weights.
+        kept_gradients_bytes: ``clip_memory_bytes``.
 
     Attributes:
         step_skipped: the last backward pass updated nothing, because the loss, a gradient or their norm was not finite.
@@ -47,6 +52,7 @@ class Engine(BackwardPass):
         optimizers: Sequence[FusibleOptimizer],
         *,
         blocks: Iterable[nn.Module] = (),
+        whole_batch: Collection[nn.Module] = (),
         home: Home,
         micro_batch_size: int | None = None,
         clip_grad_norm: float | None = None,
@@ -65,10 +71,12 @@ class Engine(BackwardPass):
         self._warned_lost = False
         self._slots = make_slots(self, self.optimizers)
         self._unhooked = [p for o in optimizers for g in o.param_groups for p in g["params"] if not p.requires_grad]
-        self._runners = [BlockRunner(block, self, home, micro_batch_size) for block in blocks]
+        self._runners = [
+            BlockRunner(block, self, home, None if block in whole_batch else micro_batch_size) for block in blocks
+        ]
         mark_shared(self._slots, self._runners, model)
         if clip_grad_norm is not None and kept_gradients_bytes:
-            self._kept = KeptGradients(self._slots.values(), kept_gradients_bytes, micro_batch_size is not None)
+            self._kept = KeptGradients(self._slots.values(), kept_gradients_bytes)
         self._attach()
 
     # The user's side ------------------------------------------------------------------------------------------------

@@ -26,12 +26,11 @@ class KeptGradients:
     Args:
         slots: all of the model's.
         budget_bytes: memory that may be used.
-        in_float32: gradients of 16-bit parameters in blocks are sums of micro-batches in float32.
     """
 
-    def __init__(self, slots: Iterable[Slot], budget_bytes: int, in_float32: bool) -> None:
+    def __init__(self, slots: Iterable[Slot], budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._bytes = {slot: _grad_bytes(slot, in_float32) for slot in slots}
+        self._bytes = {slot: _grad_bytes(slot) for slot in slots}
         self._total = sum(self._bytes.values())
         self._grads: dict[Slot, Tensor] = {}
         self._remaining = self._total
@@ -69,7 +68,9 @@ class KeptGradients:
         self._grads, self.keeping = {}, False
 
 
-def _grad_bytes(slot: Slot, in_float32: bool) -> int:
-    summed = slot.always_shared or (in_float32 and slot.runner is not None)
+def _grad_bytes(slot: Slot) -> int:
+    # A sum over micro-batches, or over the places that use it, is in float32.
+    in_micro_batches = slot.runner is not None and slot.runner.micro_batch_size is not None
+    summed = (slot.always_shared and not slot.in_own_dtype) or in_micro_batches
     dtype = torch.float32 if summed and slot.param.dtype in SIXTEEN_BIT else slot.param.dtype
     return slot.param.numel() * dtype.itemsize

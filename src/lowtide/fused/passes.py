@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,15 +127,37 @@ class BackwardPass:
 
     @torch.no_grad()
     def _finish_shared(self) -> None:
+        """Use the gradients that were complete at the end of the pass only."""
+        by_runner: dict[BlockRunner | None, list[Slot]] = {}
         for slot in self._slots.values():
-            slot.flush()
+            if slot.total is not None:
+                by_runner.setdefault(slot.runner, []).append(slot)
+        for runner, slots in by_runner.items():
+            with self._weights_at_hand(runner):
+                for slot in slots:
+                    slot.flush()
 
     @torch.no_grad()
     def _apply_kept(self) -> None:
-        if self._kept is not None:
-            for slot, grad in self._kept.take_all():
-                slot.apply(grad)
-                del grad  # before the next is handed out
+        if self._kept is None:
+            return
+        for runner, grads in itertools.groupby(self._kept.take_all(), key=lambda entry: entry[0].runner):
+            with self._weights_at_hand(runner):
+                for slot, grad in grads:
+                    slot.apply(grad)
+                    del grad  # before the next is handed out
+
+    @contextmanager
+    def _weights_at_hand(self, runner: BlockRunner | None) -> Iterator[None]:
+        """Around updates of a block's parameters outside of its own backward pass."""
+        if runner is None or self._measuring or self._skip:
+            yield
+            return
+        runner.home.fetch(runner.block)
+        try:
+            yield
+        finally:
+            runner.home.write_back(runner.block)
 
     def _drop_all(self) -> None:
         for slot in self._slots.values():

@@ -27,6 +27,7 @@ class Slot:
         "engine",
         "group_index",
         "handle",
+        "in_own_dtype",
         "optimizer",
         "param",
         "runner",
@@ -38,6 +39,7 @@ class Slot:
     def __init__(self, engine: Engine, param: Tensor, optimizer: FusibleOptimizer, group_index: int) -> None:
         self.engine, self.param, self.optimizer, self.group_index = engine, param, optimizer, group_index
         self.shared = self.always_shared = False
+        self.in_own_dtype = False  # few parts are added, as autograd would: the sum needs not be in float32
         self.total: Tensor | None = None  # of the micro-batches so far; float32 for 16-bit parameters
         self.step = -1
         self.runner: BlockRunner | None = None  # of the block it belongs to
@@ -75,7 +77,7 @@ class Slot:
 
     def _accumulate(self, grad: Tensor) -> None:
         if self.total is None:
-            self.total = grad.to(torch.float32) if grad.dtype in SIXTEEN_BIT else grad
+            self.total = grad.to(torch.float32) if grad.dtype in SIXTEEN_BIT and not self.in_own_dtype else grad
         else:
             self.total.add_(grad)
 
@@ -142,5 +144,8 @@ def mark_shared(slots: dict[Tensor, Slot], runners: Sequence[BlockRunner], model
     for module in model.modules():
         if id(module) not in inside:
             seen.update({p: seen[p] + 1 for p in module.parameters(recurse=False) if p in seen})
+    in_micro_batches = {slot for runner in runners if runner.micro_batch_size is not None for slot in runner.slots}
     for param, places in seen.items():
-        slots[param].shared = slots[param].always_shared = places > 1
+        slot = slots[param]
+        slot.shared = slot.always_shared = places > 1
+        slot.in_own_dtype = slot.always_shared and slot not in in_micro_batches

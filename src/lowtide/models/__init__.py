@@ -1,8 +1,9 @@
 """Models of Hugging Face: loading and saving, their blocks, and a loss that never holds all logits."""
 
 from .blocks import find_blocks, resolve_blocks
+from .chunked_loss import ChunkedLoss, causal_lm_loss
 from .hub import load_model, load_tokenizer, parse_dtype, save_model
-from .loss import ChunkedLoss, causal_lm_loss, linear_cross_entropy
+from .loss import linear_cross_entropy
 
 __all__ = [
     "ChunkedLoss",
