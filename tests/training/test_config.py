@@ -23,6 +23,8 @@ def test_defaults_are_valid():
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
         ({"micro_batch_size": 9}, r"micro_batch_size must not be larger than batch_size \(8\), got 9"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"weights": "gpu"}, r"weights must be device, cpu, or a directory .* as \./gpu"),
+        ({"weights": ""}, "weights must be device, cpu, or a directory"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"max_seq_len": 1}, "max_seq_len must be at least 2"),
         ({"eval_every": 0}, "eval_every must be at least 1"),

@@ -22,7 +22,7 @@ def check_directory(directory: Path) -> None:
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"model directory {directory} has no config.json{_hint(directory)}")
-    for path in _weight_files(directory):
+    for path in weight_files(directory):
         _check_safetensors(path)
 
 
@@ -80,7 +80,13 @@ def _hint(directory: Path) -> str:
     return f"; did you mean the file {models[0]}?" if models else ", so it is not a Hugging Face model directory"
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files with a model's weights.
+
+    Raises:
+        FileNotFoundError: there are none, or one is missing.
+        ValueError: there are only pickled weights, or the index is damaged.
+    """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return [single]

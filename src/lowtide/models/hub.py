@@ -12,9 +12,10 @@ import torch
 from ..log import get_logger
 from ..planning import device_available_bytes, weights_bytes
 from ..units import format_bytes
-from .checkpoint import check_directory, clear_errors, first_line
+from .checkpoint import check_directory, clear_errors, first_line, weight_files
 from .gguf import gguf_config, load_gguf, open_gguf
 from .gguf_tokenizer import load_gguf_tokenizer
+from .lazy import lazy_model
 from .saving import save_model
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    lazy: bool = False,
 ) -> PreTrainedModel:
     """A causal language model with its weights in ``dtype`` on ``device``, in evaluation mode.
 
@@ -64,6 +66,8 @@ def load_model(
         dtype: of the weights.
         device: a torch device.
         trust_remote_code: run Python code that comes with the model.
+        lazy: leave the weights in their files until ``fuse(..., weights=...)`` gives them a home, so that the model may be
+            larger than the memory. Where that is not possible (GGUF files, converted checkpoints), load them all the same.
 
     Raises:
         FileNotFoundError: there is no such model, or a part of it is missing.
@@ -84,6 +88,8 @@ def load_model(
         if isinstance(source, Path):
             check_directory(source)
         config = _load_config(name, source, trust_remote_code)
+        if lazy and (unloaded := _leave_unloaded(name, source, config, dtype, trust_remote_code)) is not None:
+            return unloaded
         _check_memory(name, config, dtype, device, trust_remote_code)
         model, info = _load_weights(name, source, config, dtype, device, trust_remote_code)
     _check_complete(name, info)
@@ -220,6 +226,19 @@ def _load_weights(
             output_loading_info=True,
             **placement,
         )
+
+
+def _leave_unloaded(
+    name: str, source: Path | str, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel | None:
+    if isinstance(source, str):
+        from huggingface_hub import snapshot_download
+
+        with clear_errors(name, source, "model"):
+            source = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+        check_directory(source)
+    with clear_errors(name, source, "model"):
+        return lazy_model(source, weight_files(source), config, dtype, trust_remote_code)
 
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:

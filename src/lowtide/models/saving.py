@@ -14,12 +14,20 @@ from ..log import get_logger
 from .checkpoint import first_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _logger = get_logger(__name__)
 
+_SHARD_BYTES = 1024**3  # of weights that are streamed from their home to the saved files
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
     """Write a directory that plain transformers opens again: weights, configs, tokenizer and chat template.
 
     Everything is written beside it first and renamed when it is on the disk, so that the directory is never half there.
@@ -28,6 +36,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
         model: on any device.
         tokenizer: of this model.
         directory: new or empty; directories above it are made.
+        state_dict: the weights, where they are not in the model (``engine.state_dict_of_model()``). They are written in
+            pieces, so that those on disk never come into memory together.
 
     Raises:
         FileExistsError: the directory holds something, or is a file.
@@ -41,7 +51,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     temporary.mkdir()
     try:
         with _saveable_generation_config(model):
-            model.save_pretrained(temporary)
+            if state_dict is None:
+                model.save_pretrained(temporary)
+            else:
+                model.save_pretrained(temporary, state_dict=state_dict, max_shard_size=_SHARD_BYTES)
         tokenizer.save_pretrained(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,6 +134,13 @@ class TrainConfig:
     )
     seed: int = _option(OPTIMISATION, "decides the order of the data, dropout and stochastic rounding", default=0)
 
+    weights: str = _option(
+        MEMORY,
+        "where the weights live: device; cpu, host memory, from which they visit the GPU layer by layer; or a new or empty directory "
+        "for a working copy on disk, from which they visit whatever computes",
+        default="device",
+        metavar="device|cpu|DIR",
+    )
     micro_batch_size: int | None = _option(
         MEMORY,
         "sequences that go through a layer at once; smaller needs less memory and changes nothing in the result; "
@@ -248,6 +256,12 @@ def _check_choices(config: TrainConfig) -> None:
             nearest = difflib.get_close_matches(str(value), words, n=1)
             hint = f" (did you mean {nearest[0]}?)" if nearest else ""
             raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}{hint}")
+    places = ("device", "cpu")
+    if config.weights not in places and os.sep not in config.weights and not os.path.isdir(config.weights):
+        raise ValueError(
+            f"weights must be device, cpu, or a directory with a separator in its name, as ./{config.weights or 'NAME'}, got "
+            f"{config.weights!r}"
+        )
     kind, _, index = config.device.partition(":")
     if not (config.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdigit())):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}")

@@ -153,6 +153,10 @@ def find_lr(
         raise ValueError(f"num_steps must be at least 10, got {num_steps}")
     # Enough batches for the sweep, those that are watched included; the rate of every step is set below.
     changes: dict[str, Any] = {"lr": None, "epochs": None, "max_steps": num_steps + _NUM_WATCHED}
+    if model is not None and config.weights != "device":
+        raise ValueError(
+            f"find_lr with a model that is loaded already restores its weights on the device: weights must be device, got {config.weights}"
+        )
     if model is not None:
         changes["device"] = str(next(model.parameters()).device)
     tested = dataclasses.replace(config, **changes)
@@ -205,6 +209,7 @@ class _Sweep:
                 self._take_steps(loss_before)
         finally:
             self.run.engine.remove()
+            self.run.engine.home.discard()
         losses = [point.loss for point in self.points]
         reading: Reading = read_curve(self.rates[: len(losses)], losses, loss_before)
         return LrFinding(

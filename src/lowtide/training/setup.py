@@ -56,20 +56,31 @@ def check_output(output: str | Path) -> Path:
     return path
 
 
-def check_disk(output: Path, model: torch.nn.Module) -> None:
+def check_disk(output: Path, model: torch.nn.Module, working_copy: Path | None = None) -> None:
     """Refuse to train for hours towards a model that cannot be saved.
 
+    Args:
+        output: where the model will be saved, as large as its weights.
+        model: with its weights, or stand-ins for them.
+        working_copy: a directory that will hold the weights, too.
+
     Raises:
-        OSError: the disk of the output directory has less room than the weights take.
+        OSError: the disk of the output directory has too little room.
     """
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    existing = _existing(output)
     needed = sum(param.numel() * param.element_size() for param in model.parameters())
+    if working_copy is not None and _existing(working_copy).stat().st_dev == existing.stat().st_dev:
+        needed *= 2
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(
-            f"the trained model takes {format_bytes(needed)}, but the disk of the output directory {output} has "
+            f"the trained model{' and its working copy take' if working_copy else ' takes'} {format_bytes(needed)}, but the disk of the output directory {output} has "
             f"{format_bytes(free)} left: free some or choose another output"
         )
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 @contextmanager

@@ -49,7 +49,7 @@ from .setup import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..fused import Engine
+    from ..fusing import Engine
 
 _logger = get_logger(__name__)
 
@@ -108,6 +108,7 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     with ExitStack() as stack:
+        stack.callback(run.engine.remove)
         listeners = run.report.listeners
         listeners.append(stack.enter_context(EventLog(output / "metrics.jsonl")))
         if on_event is not None:
@@ -116,7 +117,9 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
             listeners.append(stack.enter_context(ConsoleProgress(log_every=config.log_every)))
         stack.enter_context(run.stop)
         loss_before, loss_after = _evaluate_train_evaluate(run)
-        save_model(run.model, run.tokenizer, output / "model")
+        away = run.engine.state_dict_of_model() if run.engine.home.streamed else None
+        save_model(run.model, run.tokenizer, output / "model", away)
+        del away
         result = TrainResult(
             num_steps=run.report.num_steps,
             num_skipped=run.report.num_skipped,
@@ -129,6 +132,8 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
             interrupted=run.stop.requested,
         )
         run.report.end(result)
+        run.engine.remove()
+        run.engine.home.discard()
     return result
 
 
@@ -142,8 +147,11 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
     data = encode_data(config, records, held_out, tokenizer)
     dtype, trusted = parse_dtype(config.dtype), config.trust_remote_code
     if model is None:
-        model = load_model(config.model, dtype=dtype, device=device, trust_remote_code=trusted)
-    check_disk(output, model)
+        streamed = config.weights != "device"
+        where = "cpu" if streamed else device
+        model = load_model(config.model, dtype=dtype, device=where, trust_remote_code=trusted, lazy=streamed)
+    on_disk = None if config.weights in ("device", "cpu") else Path(config.weights).expanduser()
+    check_disk(output, model, on_disk)
     if dtype == torch.bfloat16 and not computes_bfloat16(device):
         _logger.warning(
             "this processor has no instructions for bfloat16, and steps take many times as long as in float32: use dtype float32 "
@@ -160,6 +168,8 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
         clip=config.clip,
         clip_warmup_steps=config.clip_warmup_steps,
         clip_memory_bytes=config.clip_memory_bytes,
+        weights=on_disk or config.weights,
+        device=None if config.weights == "device" else device,
     )
     num_steps = count_steps(config, len(data.train))
     schedule = make_schedule(config.schedule, num_steps, config.warmup_ratio)
@@ -215,14 +225,11 @@ class _Run:
 
 
 def _evaluate_train_evaluate(run: _Run) -> tuple[LossResult | None, LossResult | None]:
-    """Both scores; the second is None if the run was interrupted. The model is an ordinary one again afterwards."""
+    """Both scores; the second is None if the run was interrupted."""
     run.report.config(**_facts(run))
     with without_cache(run.model):
-        try:
-            before = run.evaluate()
-            _run_steps(run)
-        finally:
-            run.engine.remove()
+        before = run.evaluate()
+        _run_steps(run)
         return before, None if run.stop.requested else run.evaluate()
 
 

@@ -59,6 +59,8 @@ class HostStore:
     def close(self) -> None:
         """Nothing to do: the buffers live as long as the parameters that are views of them."""
 
+    discard = close
+
 
 def _copy(target: Tensor, source: Tensor) -> None:
     target.copy_(source, non_blocking=True)

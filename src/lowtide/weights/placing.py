@@ -65,6 +65,11 @@ class MixedHome:
             found.update(home.tensors())
         return found
 
+    def discard(self) -> None:
+        """After :meth:`close`: remove working copies on disk. Parameters that are mapped from them stay usable on POSIX."""
+        for home in self.streamed:
+            home.store.discard()
+
     def close(self, whole: bool = True) -> None:
         """Give all parameters values that an ordinary model can work with; see :class:`StreamedHome`."""
         with ExitStack() as stack:

@@ -52,6 +52,9 @@ class Store(Protocol):
     def close(self) -> None:
         """No block will be read or written again."""
 
+    def discard(self) -> None:
+        """Remove what is not needed any more."""
+
 
 class Slot:
     """A buffer of the pool."""
