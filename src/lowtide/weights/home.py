@@ -21,7 +21,7 @@ class DeviceHome:
     """
 
     def __init__(self) -> None:
-        self._large: dict[nn.Module, bool] = {}
+        self._trim = MemoryTrim()
 
     def fetch(self, block: nn.Module) -> None:
         """Nothing to move; what ran before the block gives its free memory back."""
@@ -34,7 +34,15 @@ class DeviceHome:
         """Nothing to move; free memory goes back to the system."""
         self._trim(block)
 
-    def _trim(self, block: nn.Module) -> None:
+
+class MemoryTrim:
+    """Gives memory that the allocator keeps without use back to the system, around large blocks on a CPU."""
+
+    def __init__(self) -> None:
+        self._large: dict[nn.Module, bool] = {}
+
+    def __call__(self, block: nn.Module) -> None:
+        """Before or after a block."""
         large = self._large.get(block)
         if large is None:
             on_cpu = [param for param in block.parameters() if param.device.type == "cpu"]

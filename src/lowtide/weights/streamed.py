@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .home import MemoryTrim
 from .lanes import Lane, Transfer, make_lane
 from .layout import BlockLayout, aligned_buffer
 from .prefetch import RELEASED, UPDATED, Order
@@ -101,7 +102,7 @@ class StreamedHome:
         self._slots = [Slot(aligned_buffer(size, device)) for _ in range(max(2, min(num_slots, len(self.layouts))))]
         self._written: dict[int, Transfer] = {}  # the last write of each block
         self._trains = [any(param.requires_grad for param in layout.params) for layout in self.layouts]
-        self._clock = 0
+        self._clock, self._trim = 0, MemoryTrim()
         self.num_reads = self.num_hits = 0
         for layout in self.layouts:
             layout.point_away(device)
@@ -110,6 +111,7 @@ class StreamedHome:
 
     def fetch(self, block: nn.Module) -> None:
         """Make the block's parameters usable on the device, and begin to read the block that is used next."""
+        self._trim(block)
         number = self.members[block]
         slot = self._slot_of(number)
         if slot is not None and slot.num_users:  # within another use of the same weights
@@ -137,6 +139,7 @@ class StreamedHome:
         """The block's parameters were updated: write them out. They are away now."""
         number = self.members[block]
         self._leave(number, UPDATED if self._trains[number] else RELEASED)
+        self._trim(block)
 
     # The pool -------------------------------------------------------------------------------------------------------
 
