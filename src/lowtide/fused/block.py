@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .call import Call
+from .matmul16 import fast_matmuls
 from .replay import keep_random_state
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class BlockRunner:
                     "cut instead of the batch: use batch_first=True, or micro_batch_size=None"
                 )
         self.block, self.engine, self.home, self.micro_batch_size = block, engine, home, micro_batch_size
+        self.weight = next((param for param in block.parameters() if param.dim() >= 2), None)
         self.slots: list[Slot] = []
         self.calls: weakref.WeakSet[Call] = weakref.WeakSet()  # whose graph is alive
         self.original = block.forward
@@ -96,7 +98,8 @@ class BlockRunner:
         if not (self.block.training and torch.is_grad_enabled()):
             self.home.fetch(self.block)
             try:
-                return self.original(*args, **kwargs)
+                with fast_matmuls(self.weight):
+                    return self.original(*args, **kwargs)
             finally:
                 self.home.release(self.block)
         self._refuse_checkpointing()
@@ -171,7 +174,7 @@ class _RunBlock(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(tensors)
         home.fetch(block)
         try:
-            with keep_random_state(call.device), engine.block_backward(call.runner):
+            with keep_random_state(call.device), engine.block_backward(call.runner), fast_matmuls(call.runner.weight):
                 for number, micro_batch in enumerate(call.micro_batches):
                     engine.accumulate(number < len(call.micro_batches) - 1)
                     inputs = _recompute(call, number, tensors, needs_grad, grad_outputs)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .matmul16 import fast_matmuls
 from .replay import RandomState, autocast_state
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ class Call:
         outputs: list[Tensor] = []
         home.fetch(block)
         try:
-            for micro_batch in self.micro_batches:
-                self.random_states.append(RandomState(self.device))
-                leaves, spec = pytree.tree_flatten(self.forward(self.slices(tensors, micro_batch)))
-                self._collect(outputs, leaves, spec, micro_batch)
+            with fast_matmuls(self.runner.weight):
+                for micro_batch in self.micro_batches:
+                    self.random_states.append(RandomState(self.device))
+                    leaves, spec = pytree.tree_flatten(self.forward(self.slices(tensors, micro_batch)))
+                    self._collect(outputs, leaves, spec, micro_batch)
         finally:
             home.release(block)
         return outputs

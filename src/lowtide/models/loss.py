@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..fused.matmul16 import fast_matmuls
+
 IGNORE_INDEX = -100
 # Float32 logits alive at a time: 4 Mi elements are 16 MiB.
 _MAX_LOGITS = 2**22
@@ -83,14 +85,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         highest = torch.full((hidden.shape[0],), -torch.inf, dtype=torch.float32, device=hidden.device)
         total = torch.zeros_like(highest)
         target = torch.zeros_like(highest)
-        for vocab, tokens in _slices(hidden.shape[0], weight.shape[0]):
-            logits = _logits(hidden[tokens], weight[vocab], None if bias is None else bias[vocab], scale, softcap)
-            new_highest = torch.maximum(highest[tokens], logits.amax(dim=1))
-            inside, columns = _targets(labels[tokens], vocab)
-            target[tokens] += logits.gather(1, columns).squeeze(1).masked_fill_(~inside, 0.0)
-            total[tokens] *= (highest[tokens] - new_highest).exp_()
-            total[tokens] += logits.sub_(new_highest.unsqueeze(1)).exp_().sum(dim=1)
-            highest[tokens] = new_highest
+        with fast_matmuls(weight):
+            for vocab, tokens in _slices(hidden.shape[0], weight.shape[0]):
+                logits = _logits(hidden[tokens], weight[vocab], None if bias is None else bias[vocab], scale, softcap)
+                new_highest = torch.maximum(highest[tokens], logits.amax(dim=1))
+                inside, columns = _targets(labels[tokens], vocab)
+                target[tokens] += logits.gather(1, columns).squeeze(1).masked_fill_(~inside, 0.0)
+                total[tokens] *= (highest[tokens] - new_highest).exp_()
+                total[tokens] += logits.sub_(new_highest.unsqueeze(1)).exp_().sum(dim=1)
+                highest[tokens] = new_highest
         log_sum_exp = highest.add_(total.log_())
         ctx.save_for_backward(hidden, weight, labels, log_sum_exp, *(() if bias is None else (bias,)))
         ctx.scale, ctx.softcap = scale, softcap
@@ -105,25 +108,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
         part: Tensor | None = None
-        for vocab, tokens in _slices(hidden.shape[0], weight.shape[0]):
-            part_bias = None if bias is None else bias[vocab]
-            logits = _logits(hidden[tokens], weight[vocab], part_bias, ctx.scale, ctx.softcap)
-            grad = _grad_logits(
-                logits, labels[tokens], log_sum_exp[tokens], vocab, grad_output * ctx.scale, ctx.softcap
-            )
-            if grad_bias is not None:
-                grad_bias[vocab] += grad.sum(dim=0)
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[tokens] += grad @ weight[vocab].to(hidden.dtype)
-            if grad_weight is not None:
-                product = grad.t() @ hidden[tokens]
-                if tokens.start == 0:
-                    part = product if tokens.stop >= hidden.shape[0] else product.float()
-                else:
-                    part += product
-                if tokens.stop >= hidden.shape[0]:
-                    grad_weight[vocab] = part
+        with fast_matmuls(weight):
+            for vocab, tokens in _slices(hidden.shape[0], weight.shape[0]):
+                part_bias = None if bias is None else bias[vocab]
+                logits = _logits(hidden[tokens], weight[vocab], part_bias, ctx.scale, ctx.softcap)
+                grad = _grad_logits(
+                    logits, labels[tokens], log_sum_exp[tokens], vocab, grad_output * ctx.scale, ctx.softcap
+                )
+                if grad_bias is not None:
+                    grad_bias[vocab] += grad.sum(dim=0)
+                grad = grad.to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[tokens] += grad @ weight[vocab].to(hidden.dtype)
+                if grad_weight is not None:
+                    product = grad.t() @ hidden[tokens]
+                    if tokens.start == 0:
+                        part = product if tokens.stop >= hidden.shape[0] else product.float()
+                    else:
+                        part += product
+                    if tokens.stop >= hidden.shape[0]:
+                        grad_weight[vocab] = part
         if grad_weight is not None and hidden.shape[0] == 0:
             grad_weight.zero_()
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
