@@ -16,7 +16,7 @@ from .fused import Engine as _Engine
 from .fused.checks import check_model, check_optimizers
 from .models.blocks import find_blocks, resolve_blocks
 from .models.chunked_loss import ChunkedLoss, HeadForward
-from .weights import MixedHome, by_name, place
+from .weights import HostInputs, MixedHome, by_name, place
 
 
 class Engine(_Engine):
@@ -52,6 +52,8 @@ class Engine(_Engine):
             self.chunked_loss = None
         if self.head is not None:
             self.head.remove()
+        if isinstance(self._block_inputs, HostInputs):
+            self._block_inputs.close()
         if self.home.streamed:
             self.home.close(whole)
             self.model.to("cpu")
@@ -81,6 +83,7 @@ def fuse(
     loss_scale: LossScale | float | str | None = "auto",
     weights: str | os.PathLike[str] | Mapping[str, str] = "device",
     device: torch.device | str | None = None,
+    block_inputs: str = "device",
     blocks: Iterable[nn.Module | str] | None = None,
     chunked_loss: bool = True,
 ) -> Engine:
@@ -109,6 +112,7 @@ def fuse(
             then visit the device one after the other, and embeddings and head are blocks of their own. Or a mapping from
             names of modules to these, where ``""`` stands for all and what is not named lives on the device.
         device: where blocks are computed when weights live elsewhere; None for the first GPU, or the CPU if there is none.
+        block_inputs: where the inputs of blocks wait for the backward pass: ``"device"`` or ``"cpu"``, host memory.
         blocks: modules, or their names; the name of a ModuleList stands for its children. None finds those of Hugging Face
             models; an empty list turns blocks off.
         chunked_loss: a Hugging Face causal language model computes its training loss in slices of the vocabulary, and returns
@@ -155,6 +159,7 @@ def fuse(
     outer, head = _outer_blocks(model, found) if wanted else ([], None)
     found = [*outer[:1], *found, *outer[1:]]
     home = place(model, found, by_name(model, found, wanted), compute_device)
+    kept_inputs = HostInputs(compute_device or _device_of(model)) if _inputs_move(block_inputs, model, found) else None
     if head is not None:
         head.install()
     try:
@@ -164,6 +169,7 @@ def fuse(
             blocks=found,
             whole_batch=outer,
             home=home,
+            block_inputs=kept_inputs,
             micro_batch_size=micro_batch_size,
             clip_grad_norm=clip_grad_norm,
             clip_grad_value=clip_grad_value,
@@ -194,6 +200,21 @@ def _wanted_homes(weights: str | os.PathLike[str] | Mapping[str, str]) -> dict[s
             )
         wanted[name] = os.fspath(place_name)
     return wanted
+
+
+def _inputs_move(block_inputs: str, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    if block_inputs not in ("device", "cpu"):
+        raise ValueError(f"block_inputs must be device or cpu, got {block_inputs!r}")
+    return block_inputs == "cpu" and bool(blocks) and _copies_needed(_device_of(model))
+
+
+def _copies_needed(device: torch.device) -> bool:
+    """On a CPU host memory is where everything is."""
+    return device.type != "cpu"
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((param.device for param in model.parameters()), torch.device("cpu"))
 
 
 def _only_real_moves(wanted: dict[str, str], device: torch.device | None) -> dict[str, str]:

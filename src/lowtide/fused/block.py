@@ -42,6 +42,16 @@ class Home(Protocol):
         """The weights were updated and are not needed for now."""
 
 
+class BlockInputs(Protocol):
+    """Keeps the inputs of blocks between the forward and the backward pass; the two are saved-tensor hooks of autograd."""
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Take a tensor in; what is returned stands for it."""
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The tensor again, on its device. May be asked for twice."""
+
+
 class BlockRunner:
     """Runs one block for the engine; ``install`` puts it around the block's forward.
 
@@ -119,7 +129,8 @@ class BlockRunner:
         self.calls.add(call)
         # With frozen embeddings no input of the first block requires a gradient: the anchor keeps it in the graph.
         anchor = torch.empty(0, requires_grad=True)
-        return call.unflatten_output(_RunBlock.apply(call, anchor, *tensors))
+        with self.engine.keeping_inputs():
+            return call.unflatten_output(_RunBlock.apply(call, anchor, *tensors))
 
     def _refuse_checkpointing(self) -> None:
         if getattr(self.block, "gradient_checkpointing", False):

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..log import get_logger
 from ..optim import FusibleOptimizer
-from .block import BlockRunner, Home
+from .block import BlockInputs, BlockRunner, Home
 from .checks import check_loss, check_model, check_optimizers
 from .clipping import AdaptiveClip, GradNorm, clip_coefficient
 from .kept import KeptGradients
@@ -36,6 +36,7 @@ class Engine(BackwardPass):
     Args:
         whole_batch: those of the blocks that take the whole batch at once, whatever the micro-batch.
         home: of the blocks' weights.
+        block_inputs: keeps the blocks' inputs for the backward pass; None keeps them on the device.
         kept_gradients_bytes: ``clip_memory_bytes``.
 
     Attributes:
@@ -54,6 +55,7 @@ class Engine(BackwardPass):
         blocks: Iterable[nn.Module] = (),
         whole_batch: Collection[nn.Module] = (),
         home: Home,
+        block_inputs: BlockInputs | None = None,
         micro_batch_size: int | None = None,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
@@ -67,6 +69,7 @@ class Engine(BackwardPass):
         self.model, self.optimizers = model, tuple(optimizers)
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self.adaptive, self.loss_scale = adaptive, loss_scale
+        self._block_inputs = block_inputs
         self._waiting: set[Optimizer] = set()  # have not closed the step of the last backward pass
         self._warned_lost = False
         self._slots = make_slots(self, self.optimizers)

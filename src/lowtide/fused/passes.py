@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
 from ..log import get_logger
@@ -21,7 +22,7 @@ from .loss_scale import LossScale
 
 if TYPE_CHECKING:
     from ..optim import FusibleOptimizer
-    from .block import BlockRunner
+    from .block import BlockInputs, BlockRunner
     from .call import Call
     from .slot import Slot
 
@@ -36,6 +37,7 @@ class BackwardPass:
     clip_grad_value: float | None
     adaptive: AdaptiveClip | None
     loss_scale: LossScale | None
+    _block_inputs: BlockInputs | None
     _slots: dict[Tensor, Slot]
     _waiting: set[Optimizer]
 
@@ -247,6 +249,11 @@ class BackwardPass:
             call.kept = self._kept.keeping
             return False
         return call.kept
+
+    def keeping_inputs(self) -> AbstractContextManager[Any]:
+        """Around a call of a block: where autograd keeps the tensors that the block was called with."""
+        kept = self._block_inputs
+        return nullcontext() if kept is None else saved_tensors_hooks(kept.pack, kept.unpack)
 
     @contextmanager
     def block_backward(self, runner: BlockRunner) -> Iterator[None]:

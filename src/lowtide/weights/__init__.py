@@ -3,6 +3,7 @@
 from .disk import DiskStore
 from .home import DeviceHome
 from .host import HostStore
+from .inputs import HostInputs
 from .placing import LazyWeights, MixedHome, by_name, place
 from .streamed import StreamedHome
 from .working_copy import TornWorkingCopyError
@@ -10,6 +11,7 @@ from .working_copy import TornWorkingCopyError
 __all__ = [
     "DeviceHome",
     "DiskStore",
+    "HostInputs",
     "HostStore",
     "LazyWeights",
     "MixedHome",
