@@ -1,0 +1,155 @@
+"""Counting the bytes that a piece of a model would hold, by running it on tensors without memory.
+
+On the meta device an operation only works out shapes. :class:`MemoryTrace` watches every operation, notes each new storage
+and its kind, and is told by the storage itself when it dies. So lifetimes are those of the real program (autograd's saved
+tensors, views, in-place operations), and no formula has to know what an architecture does.
+
+What a kernel allocates and frees again inside itself is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What the bytes of a training step are for, in the order in which they are shown.
+WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
+KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, OTHER = (
+    "kept block inputs",
+    "one block's working set",
+    "logits",
+    "temporaries of the update",
+    "pools",
+    "other",
+)
+KINDS = (WEIGHTS, GRADIENTS, STATE, KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, OTHER)
+
+Bytes = dict[str, int]  # by kind
+
+
+class MemoryTrace(TorchDispatchMode):
+    """While entered, counts the bytes of all storages that operations create, and remembers the largest sum.
+
+    Args:
+        gradients_of: tensors of the shape of one of these are labelled gradients.
+        answer: what a model is told that asks a tensor for a truth value. transformers asks whether all tokens of a mask
+            count, and whether all positions follow one another: True means that it need not make a mask.
+
+    Attributes:
+        live: bytes alive now, by kind.
+        peak: the same, at the moment when the sum was largest.
+    """
+
+    def __init__(self, gradients_of: Iterable[Tensor] = (), *, answer: bool = True) -> None:
+        super().__init__()
+        self._answer = answer
+        # of two dimensions at least: a vector has the shape of too many things; and a gradient may come transposed
+        shapes = {tuple(param.shape) for param in gradients_of if param.dim() >= 2}
+        self._gradient_shapes = shapes | {shape[:-2] + (shape[-1], shape[-2]) for shape in shapes}
+        self.live: Bytes = {}
+        self.peak: Bytes = {}
+        self._kind = OTHER
+        self._total = self._peak_total = 0
+        self._known: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self._answer if args[0].dtype == torch.bool else 1
+        if func is torch.ops.aten.add.Tensor and self._sums_gradients(*args, **(kwargs or {})):
+            return args[0].add_(args[1])
+        result = _grouped_mm(*args) if func in _GROUPED_MM else func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        return result
+
+    @contextmanager
+    def kind(self, kind: str) -> Iterator[None]:
+        """What is created inside is of this kind."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """These are counted by somebody else (weights, inputs from outside)."""
+        for tensor in tensors:
+            self._add(tensor.untyped_storage(), 0, OTHER)
+
+    def retag(self, tensor: Tensor, kind: str) -> None:
+        """From now on this tensor's storage counts as ``kind``."""
+        storage = tensor.untyped_storage()
+        entry = self._known.get(storage._cdata)
+        if entry is None or entry[0]() is not storage:
+            return
+        _, num_bytes, old = entry
+        self.live[old] -= num_bytes
+        self.live[kind] = self.live.get(kind, 0) + num_bytes
+        self._known[storage._cdata] = (entry[0], num_bytes, kind)
+        self._look()
+
+    def transient(self, extra: Bytes) -> None:
+        """Something is used for a moment, on top of what is alive: may be the new peak."""
+        total = self._total + sum(extra.values())
+        if total >= self._peak_total:
+            self._peak_total = total
+            self.peak = added(self.live, extra)
+
+    def _sums_gradients(self, first: Any, second: Any, **_: Any) -> bool:
+        """Autograd adds two gradients of one tensor in place where nobody else holds the first; a trace always seems to."""
+        if torch._C._current_graph_task_id() == -1 or not isinstance(second, Tensor) or first.shape != second.shape:
+            return False
+        entry = self._known.get(first.untyped_storage()._cdata)
+        return entry is not None and entry[1] > 0  # what comes from outside is held there
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        entry = self._known.get(storage._cdata)
+        if entry is None or entry[0]() is not storage:
+            kind = GRADIENTS if tuple(tensor.shape) in self._gradient_shapes else self._kind
+            self._add(storage, storage.nbytes(), kind)
+
+    def _add(self, storage: torch.UntypedStorage, num_bytes: int, kind: str) -> None:
+        key = storage._cdata
+
+        def died(_: Any) -> None:
+            _, size, last_kind = self._known.pop(key)
+            self.live[last_kind] -= size
+            self._total -= size
+
+        self._known[key] = (weakref.ref(storage, died), num_bytes, kind)
+        self.live[kind] = self.live.get(kind, 0) + num_bytes
+        self._total += num_bytes
+        self._look()
+
+    def _look(self) -> None:
+        if self._total >= self._peak_total:
+            self._peak_total = self._total
+            self.peak = {kind: num_bytes for kind, num_bytes in self.live.items() if num_bytes}
+
+
+def added(*parts: Bytes) -> Bytes:
+    """The sum, kind by kind."""
+    result: Bytes = {}
+    for part in parts:
+        for kind, num_bytes in part.items():
+            result[kind] = result.get(kind, 0) + num_bytes
+    return {kind: num_bytes for kind, num_bytes in result.items() if num_bytes}
+
+
+_GROUPED_MM = (torch.ops.aten._grouped_mm.default,)
+
+
+def _grouped_mm(first: Tensor, second: Tensor, offsets: Tensor, *_: Any) -> Tensor:
+    # The product of a mixture's experts. torch 2.13 works out its shape for bfloat16 only; its CPU kernel takes float32 too.
+    if first.dim() == second.dim() == 2:  # tokens x rows, tokens x columns: gradients of the experts' weights
+        return first.new_empty((offsets.shape[0], first.shape[0], second.shape[1]))
+    return first.new_empty((first.shape[0], second.shape[-1]))
