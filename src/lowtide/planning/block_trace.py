@@ -51,13 +51,18 @@ class WorkingSet:
     Attributes:
         forward: of the pass without a graph; the output of the whole batch is in it.
         backward: of the recompute and the backward; the gradient of the inputs is in it, that of the output is not.
+        forward_left, backward_left: what stays in the allocator afterwards, unless it is trimmed.
     """
 
     forward: Bytes
     backward: Bytes
+    forward_left: int = 0
+    backward_left: int = 0
 
 
-def trace_block(call: BlockCall, *, micro_batch_size: int, update: Transient, applies: bool = True) -> WorkingSet:
+def trace_block(
+    call: BlockCall, *, micro_batch_size: int, update: Transient, applies: bool = True, heap_below: int = 0
+) -> WorkingSet:
     """Run one block on the meta device and read its peaks.
 
     Args:
@@ -65,21 +70,24 @@ def trace_block(call: BlockCall, *, micro_batch_size: int, update: Transient, ap
         micro_batch_size: samples that go through the block at a time.
         update: temporaries that updating a parameter needs.
         applies: False for a pass that only measures the norm of the gradients.
+        heap_below: see :class:`MemoryTrace`.
 
     Raises:
         Exception: whatever the block raises where it cannot run on the meta device.
     """
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     with torch.device("meta"), fused_attention():
-        forward = _trace_forward(call.block, leaves, spec, micro_batch_size)
-        backward = _trace_backward(call.block, leaves, spec, micro_batch_size, update, applies)
-    return WorkingSet(forward, backward)
+        forward, backward = (MemoryTrace(call.block.parameters(), heap_below=heap_below) for _ in range(2))
+        for trace in (forward, backward):
+            trace.ignore([*call.block.parameters(), *call.block.buffers(), *_tensors(leaves)])
+        sums = _GradientSums(backward, update, applies)
+        forward_left = _trace_forward(forward, call.block, leaves, spec, micro_batch_size)
+        backward_left = _trace_backward(backward, call.block, leaves, spec, micro_batch_size, sums)
+    return WorkingSet(forward.peak, backward.peak, forward_left, backward_left)
 
 
-def _trace_forward(block: nn.Module, leaves: list[Any], spec: Any, size: int) -> Bytes:
+def _trace_forward(trace: MemoryTrace, block: nn.Module, leaves: list[Any], spec: Any, size: int) -> int:
     batch = _batch_size(leaves)
-    trace = MemoryTrace()
-    trace.ignore([*block.parameters(), *block.buffers(), *_tensors(leaves)])
     with torch.no_grad(), trace, trace.kind(WORKING):
         whole: list[Tensor] = []
         for start in range(0, batch, size)[:_TRACED_MICRO_BATCHES]:
@@ -89,17 +97,14 @@ def _trace_forward(block: nn.Module, leaves: list[Any], spec: Any, size: int) ->
             elif not whole:
                 whole = [output.new_empty((batch, *output.shape[1:])) for output in outputs]
             del outputs
-    return trace.peak
+    return trace.retained
 
 
 def _trace_backward(
-    block: nn.Module, leaves: list[Any], spec: Any, size: int, update: Transient, applies: bool
-) -> Bytes:
+    trace: MemoryTrace, block: nn.Module, leaves: list[Any], spec: Any, size: int, sums: _GradientSums
+) -> int:
     batch = _batch_size(leaves)
     starts = range(0, batch, size)[:_TRACED_MICRO_BATCHES]
-    trace = MemoryTrace(block.parameters())
-    trace.ignore([*block.parameters(), *block.buffers(), *_tensors(leaves)])
-    sums = _GradientSums(trace, update, applies)
     handles = [param.register_post_accumulate_grad_hook(sums.on_grad) for param in block.parameters()]
     try:
         with torch.enable_grad(), trace, trace.kind(WORKING):
@@ -110,10 +115,10 @@ def _trace_backward(
                 _backward_once(block, spec, inputs)
                 _gather(input_grads, inputs, leaves, size >= batch)
                 del inputs
+        return trace.retained
     finally:
         for handle in handles:
             handle.remove()
-    return trace.peak
 
 
 class _GradientSums:

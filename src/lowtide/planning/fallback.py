@@ -49,9 +49,7 @@ def untraced_step(
     width, height = slice_shape(batch_size * seq_len, weight.shape[0])
     kept = {KEPT: hidden.nbytes * len(blocks), OTHER: hidden.nbytes}
     outside = {**kept, OTHER: 4 * hidden.nbytes, LOGITS: 2 * 4 * width * height, GRADIENTS: weight.nbytes}
-    moments = [Moment("forward", index, kept) for index in range(len(blocks))]
-    moments += [Moment("backward", index, kept) for index in reversed(range(len(blocks)))]
-    if two_passes:
-        moments += [Moment("measure", index, kept) for index in reversed(range(len(blocks)))]
+    phases = ("forward", "measure", "backward") if two_passes else ("forward", "backward")
+    moments = [Moment(phase, index, kept, outside) for phase in phases for index in range(len(blocks))]
     calls = tuple(BlockCall(block, (hidden,), {}) for block in blocks)
-    return StepTrace(tuple(moments), outside, calls, hidden.nbytes * len(blocks), hidden.nbytes)
+    return StepTrace(outside, tuple(moments), calls, hidden.nbytes * len(blocks), hidden.nbytes)

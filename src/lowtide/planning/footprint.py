@@ -18,7 +18,7 @@ from ..log import get_logger
 from .block_trace import BlockCall, WorkingSet, trace_block
 from .fallback import untraced_step, untraced_working_set
 from .step_trace import StepTrace, trace_step
-from .tracing import KEPT, POOLS, STATE, WEIGHTS, Bytes, added
+from .tracing import HEAP_BELOW, KEPT, POOLS, STATE, WEIGHTS, Bytes, added
 from .updates import state_bytes, update_temporaries
 
 if TYPE_CHECKING:
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 _logger = get_logger(__name__)
 
-# A streamed block visits a slot of the pool: one is computed on, one arrives, one is written back.
+# As in weights/streamed.py: one block is computed on, one arrives, one is written back. A home has a pool of its own.
 POOL_SLOTS = 3
-# Between disk and an accelerator there are buffers in host memory as well, one arriving and one leaving.
-STAGING_BUFFERS = 2
-_PAGE = 4096  # bytes; a slot begins and ends with a page, as reading past the page cache wants it
+# As in weights/staging.py: between disk and an accelerator there are four buffers in pinned host memory.
+STAGING_BYTES = 4 * 64 * 1024**2
+_PAGE = 4096  # bytes; a slot begins and ends with a page, as direct I/O asks for
+_TRIM_FROM_BYTES = 16 * 1024**2  # as in weights/home.py: around larger blocks free memory is given back
 
 FindBlocks = Callable[[nn.Module], list[nn.Module]]
 
@@ -202,6 +203,7 @@ class StepShape:
                 masked=self.masked,
                 two_passes=self.exact_clipping,
                 update=update,
+                heap_below=HEAP_BELOW[self.device],
             )
         except Exception as error:  # whatever a model of someone else's does with tensors that have no memory
             _logger.warning("%s cannot be traced (%s): estimated instead", type(self.model).__name__, error)
@@ -221,7 +223,9 @@ class StepShape:
         if key not in self._working:
             update = update_temporaries(self.optimizer, self.device)
             try:
-                traced = trace_block(call, micro_batch_size=size, update=update, applies=applies)
+                traced = trace_block(
+                    call, micro_batch_size=size, update=update, applies=applies, heap_below=HEAP_BELOW[self.device]
+                )
             except Exception as error:  # as above
                 _logger.warning("%s cannot be traced (%s): estimated instead", type(call.block).__name__, error)
                 traced = untraced_working_set(call, size)
@@ -238,27 +242,31 @@ class StepShape:
         """Bytes by kind and place.
 
         Args:
-            homes: of each unit by name: device, host or disk; or one for all of them. On a CPU host is the same as device.
+            homes: of each unit by name: device, host or disk; or one for all of them.
             micro_batch_size: samples that go through a block at a time; None for the whole batch.
             block_inputs: device, or host: where the inputs of the blocks are kept from forward to backward.
         """
         size = min(micro_batch_size or self.batch_size, self.batch_size)
         of = {unit.name: homes if isinstance(homes, str) else homes[unit.name] for unit in self.units}
-        if self.device == "cpu":
-            of = {name: "device" if home == "host" else home for name, home in of.items()}
         measure = self.working_sets(size, applies=False) if self.exact_clipping else ()
-        device = self.step.peak(self.working_sets(size), measure)
-        host: Bytes = {}
+        trimmed = [of[u.name] == "device" and u.num_bytes >= _TRIM_FROM_BYTES for u in self.units if u.is_layer]
+        device, host = self.step.peak(self.working_sets(size), measure, trimmed), Bytes()
         if block_inputs == "host" and self.device != "cpu":
             device, host = self._inputs_in_host_memory(device)
         weights = self._weights_by_home(of)
-        slot = _slot_bytes(unit for unit in self.units if of[unit.name] != "device")
-        device = added(device, {WEIGHTS: weights["device"], STATE: self.state_bytes, POOLS: POOL_SLOTS * slot})
+        pools = sum(self._pool_bytes(of, home) for home in ("host", "disk"))
+        device = added(device, {WEIGHTS: weights["device"], STATE: self.state_bytes, POOLS: pools})
         host = added(host, {WEIGHTS: weights["host"]})
-        if self.device != "cpu" and weights["disk"]:
-            staged = _slot_bytes(unit for unit in self.units if of[unit.name] == "disk")
-            host = added(host, {POOLS: STAGING_BUFFERS * staged})
+        if self.device == "cpu":
+            device, host = added(device, host), {}
+        elif weights["disk"]:
+            host = added(host, {POOLS: STAGING_BYTES})
         return Footprint(device, host, added({WEIGHTS: weights["disk"]}))
+
+    def _pool_bytes(self, of: Mapping[str, str], home: str) -> int:
+        streamed = [unit.num_bytes for unit in self.units if of[unit.name] == home]
+        slots = max(2, min(POOL_SLOTS, len(streamed))) if streamed else 0
+        return slots * -(-max(streamed, default=0) // _PAGE) * _PAGE
 
     def _inputs_in_host_memory(self, device: Bytes) -> tuple[Bytes, Bytes]:
         # On the device there are then the input of the block that runs and the one that is on its way.
@@ -292,11 +300,6 @@ def footprint(
 def _unit(name: str, module: nn.Module, *, is_layer: bool) -> Unit:
     params = list(module.parameters())
     return Unit(name, _sum_bytes(params), sum(param.numel() for param in params), is_layer)
-
-
-def _slot_bytes(units: Iterable[Unit]) -> int:
-    largest = max((unit.num_bytes for unit in units), default=0)
-    return -(-largest // _PAGE) * _PAGE
 
 
 def _sum_bytes(params: Iterable[Tensor]) -> int:

@@ -20,42 +20,48 @@ MIN_SLICE = 1024
 
 
 class HeadLoss(torch.autograd.Function):
-    """hidden [T, H], weight [V, H] -> a float32 number; the slices are those of the real one."""
+    """hidden [T, H], weight [V, H] -> a float32 number; slices and lifetimes are those of the real one.
+
+    In its loops a slice of logits lives until the next one has been made, and so does a slice of the weight's gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, trace: MemoryTrace, hidden: Tensor, weight: Tensor) -> Tensor:
-        tokens = hidden.shape[0]
-        highest, total, target = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3))
-        width, height = slice_shape(tokens, weight.shape[0])
+        highest, total, target = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
         with trace.kind(LOGITS):
-            logits = _logits(hidden, weight, width, height)
-            exponentials = logits.new_empty(height)
-            del logits, exponentials
+            for height, width in _first_slices(hidden.shape[0], weight.shape[0]):
+                logits = _logits(hidden, weight, height, width)
+            del logits
         ctx.save_for_backward(hidden, weight, highest)
         ctx.trace = trace
-        return (highest - target).sum()
+        return (highest + total - target).sum()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, _ = ctx.saved_tensors
-        width, height = slice_shape(hidden.shape[0], weight.shape[0])
-        grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
+        need_hidden, need_weight = ctx.needs_input_grad[1:3]
+        grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        part = product = None
         with ctx.trace.kind(LOGITS):
-            several = height < hidden.shape[0]
-            grad = _logits(hidden, weight, width, height).to(hidden.dtype)
-            if grad_hidden is not None:
-                product = hidden.new_empty((height, hidden.shape[1]))
-                if hidden.dtype != torch.float32:
-                    pass  # added to the float32 sum without a copy
-                del product
-            if grad_weight is not None:
-                # the sum over slices of the tokens is float32, and beside it is the product of one slice
-                part = hidden.new_empty((width, hidden.shape[1]), dtype=torch.float32 if several else hidden.dtype)
-                product = hidden.new_empty((width, hidden.shape[1])) if several else part
-                del part, product
-            del grad
+            for height, width in _first_slices(hidden.shape[0], weight.shape[0]):
+                logits = _logits(hidden, weight, height, width)
+                grad = logits.to(hidden.dtype)
+                if need_hidden:
+                    hidden.new_empty((height, hidden.shape[1]))
+                if need_weight:
+                    product = hidden.new_empty((width, hidden.shape[1]))
+                    # a sum over slices of the tokens is float32
+                    part = product if height == hidden.shape[0] else product.to(torch.float32)
+            del logits, grad, part, product
         return None, None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
+
+
+def _first_slices(num_tokens: int, vocab_size: int) -> list[tuple[int, int]]:
+    """(rows, columns) of two slices of the logits: with more it goes on like that."""
+    width, height = slice_shape(num_tokens, vocab_size)
+    several = width < vocab_size or height < num_tokens
+    return [(height, width)] * (2 if several else 1)
 
 
 def slice_shape(num_tokens: int, vocab_size: int) -> tuple[int, int]:
@@ -64,7 +70,7 @@ def slice_shape(num_tokens: int, vocab_size: int) -> tuple[int, int]:
     return width, max(1, min(num_tokens, MAX_LOGITS // width))
 
 
-def _logits(hidden: Tensor, weight: Tensor, width: int, height: int) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
     """A slice of logits in float32, through the dtype of the hidden states."""
     if weight.dtype != hidden.dtype:
         weight = hidden.new_empty((width, hidden.shape[1]))

@@ -21,28 +21,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..optim.base import SIXTEEN_BIT
 from .attention import fused_attention
 from .block_trace import BlockCall, Transient, WorkingSet
 from .head_loss import HeadLoss
-from .tracing import GRADIENTS, KEPT, Bytes, MemoryTrace, added
+from .tracing import ALLOCATOR, GRADIENTS, KEPT, Bytes, MemoryTrace, added
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """What is alive outside the blocks when one of them begins, bytes by kind.
+    """A block begins: what is alive outside the blocks then, and what comes between this block and the next.
 
     Attributes:
         phase: "forward" or "backward" (of the pass that updates), or "measure" (the first pass of exact clipping).
         block: index of the block.
-        live: weights and optimizer state are not in it.
+        live: bytes by kind; weights and optimizer state are not in it.
+        after: the largest moment from the end of the block to the beginning of the next one.
     """
 
     phase: str
     block: int
     live: Bytes
+    after: Bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,31 +51,43 @@ class StepTrace:
     """A traced step.
 
     Attributes:
+        before: the largest moment before the first block.
         moments: one for each time a block begins.
-        outside: the largest moment at which no block is running.
         calls: how each block was called.
         kept_bytes: all block inputs together; one that several blocks share counts once.
         input_bytes: of the largest block input that is a block's own (hidden states).
     """
 
+    before: Bytes
     moments: tuple[Moment, ...]
-    outside: Bytes
     calls: tuple[BlockCall, ...]
     kept_bytes: int
     input_bytes: int
 
-    def peak(self, working: Sequence[WorkingSet], measure: Sequence[WorkingSet] = ()) -> Bytes:
+    def peak(
+        self, working: Sequence[WorkingSet], measure: Sequence[WorkingSet] = (), trimmed: Sequence[bool] | None = None
+    ) -> Bytes:
         """The largest moment of the step, by kind.
 
         Args:
             working: of each block.
             measure: of each block in the first pass of exact clipping, where no parameter is updated.
+            trimmed: for each block, whether free memory is given back before it, and after its backward, as
+                :class:`lowtide.weights.DeviceHome` does for large blocks. None for all.
         """
-        candidates = [self.outside]
+        candidates, left = [self.before], 0
         for moment in self.moments:
-            of_pass = measure if moment.phase == "measure" else working
-            inside = of_pass[moment.block]
-            candidates.append(added(moment.live, inside.forward if moment.phase == "forward" else inside.backward))
+            inside = (measure if moment.phase == "measure" else working)[moment.block]
+            peak, leaves = inside.backward, inside.backward_left
+            if moment.phase == "forward":
+                peak, leaves = inside.forward, inside.forward_left
+            trim = trimmed is None or trimmed[moment.block]
+            # A block finds room in what one like it has left. What has other sizes, such as the logits, does not: free
+            # memory lies in pieces between others.
+            carried = 0 if trim else max(0, left - leaves)
+            candidates.append(added(moment.live, peak, {ALLOCATOR: carried}))
+            left = 0 if trim and moment.phase == "backward" else max(leaves, carried)
+            candidates.append(added(moment.after, {ALLOCATOR: left}))
         return max(candidates, key=lambda candidate: sum(candidate.values()))
 
 
@@ -87,6 +100,7 @@ def trace_step(
     masked: bool,
     two_passes: bool,
     update: Transient,
+    heap_below: int = 0,
 ) -> StepTrace:
     """Run one training step of a causal language model on the meta device.
 
@@ -97,11 +111,12 @@ def trace_step(
         masked: the batch is padded or packed, so that the model makes an attention mask [B, 1, S, S].
         two_passes: the norm of the gradients is measured before the pass that updates.
         update: temporaries that updating a parameter needs.
+        heap_below: see :class:`MemoryTrace`.
 
     Raises:
         Exception: whatever the model raises where it cannot run on the meta device.
     """
-    tracer = _StepTracer(model, blocks, update, masked)
+    tracer = _StepTracer(model, blocks, update, masked, heap_below)
     with torch.device("meta"), fused_attention(), tracer.installed(), tracer.trace:
         batch = _batch(batch_size, seq_len, masked)
         loss = tracer.loss(batch)
@@ -110,9 +125,8 @@ def trace_step(
             loss.backward(retain_graph=phase == "measure")
             tracer.finish()
     own = [max((t.nbytes for t in call.tensors() if t.requires_grad), default=0) for call in tracer.calls]
-    return StepTrace(
-        tuple(tracer.moments), tracer.trace.peak, tuple(tracer.calls), tracer.kept_bytes, max(own, default=0)
-    )
+    before, *moments = tracer.moments()
+    return StepTrace(before.after, tuple(moments), tuple(tracer.calls), tracer.kept_bytes, max(own, default=0))
 
 
 def _batch(batch_size: int, seq_len: int, masked: bool) -> dict[str, Tensor]:
@@ -126,15 +140,18 @@ def _batch(batch_size: int, seq_len: int, masked: bool) -> dict[str, Tensor]:
 class _StepTracer:
     """State of one traced step: hooks on parameters outside the blocks, stand-ins for the blocks."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], update: Transient, masked: bool) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], update: Transient, masked: bool, heap_below: int
+    ) -> None:
         self.model, self.blocks, self.update = model, list(blocks), update
         self.answer = not masked
         inside = {id(module) for block in blocks for module in block.modules()}
         self._outside = _uses(model, inside)  # of each parameter outside the blocks: modules that use it
-        self.trace = MemoryTrace(self._outside, answer=self.answer)
+        self.trace = MemoryTrace(self._outside, answer=self.answer, heap_below=heap_below)
         self.trace.ignore([*model.parameters(), *model.buffers()])
         self.phase = "forward"
-        self.moments: list[Moment] = []
+        self._begun: list[tuple[str, int, Bytes]] = [("", -1, {})]
+        self._peaks: list[Bytes] = []  # before each of these but the first
         self.calls: list[BlockCall] = []
         self._kept: dict[int, int] = {}
         self._sums: dict[Tensor, Tensor] = {}
@@ -171,7 +188,13 @@ class _StepTracer:
 
     def note(self, index: int) -> None:
         """A block begins."""
-        self.moments.append(Moment(self.phase, index, added(self.trace.live)))
+        self._peaks.append(self.trace.take_peak())
+        self._begun.append((self.phase, index, added(self.trace.live)))
+
+    def moments(self) -> list[Moment]:
+        """All of them; the first is the time before any block."""
+        ends = [*self._peaks, self.trace.take_peak()]
+        return [Moment(*begun, after) for begun, after in zip(self._begun, ends, strict=True)]
 
     def keep(self, tensors: Sequence[Tensor]) -> None:
         """Autograd keeps these for the backward pass."""
@@ -220,8 +243,7 @@ class _StepTracer:
         elif param in self._sums:
             self._sums[param].add_(grad)
         else:
-            with self.trace.kind(GRADIENTS):
-                self._sums[param] = grad.to(torch.float32) if grad.dtype in SIXTEEN_BIT else grad
+            self._sums[param] = grad
 
     def _apply(self, param: Tensor) -> None:
         if self.phase == "backward":

@@ -21,15 +21,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What the bytes of a training step are for, in the order in which they are shown.
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
-KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, OTHER = (
+KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, OTHER, ALLOCATOR = (
     "kept block inputs",
     "one block's working set",
     "logits",
     "temporaries of the update",
     "pools",
     "other",
+    "free in the allocator",
 )
-KINDS = (WEIGHTS, GRADIENTS, STATE, KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, OTHER)
+KINDS = (WEIGHTS, GRADIENTS, STATE, KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, OTHER, ALLOCATOR)
+
+# On a CPU glibc gives larger pieces back to the system at once. Smaller ones come from its heap, whose free memory stays
+# resident until it is trimmed (M_MMAP_THRESHOLD in mallopt(3): the threshold climbs to this as pieces are freed).
+HEAP_BELOW = {"cpu": 32 * 1024**2, "cuda": 0}
 
 Bytes = dict[str, int]  # by kind
 
@@ -41,15 +46,17 @@ class MemoryTrace(TorchDispatchMode):
         gradients_of: tensors of the shape of one of these are labelled gradients.
         answer: what a model is told that asks a tensor for a truth value. transformers asks whether all tokens of a mask
             count, and whether all positions follow one another: True means that it need not make a mask.
+        heap_below: pieces of fewer bytes come from a heap whose free memory stays resident; see ``HEAP_BELOW``.
 
     Attributes:
         live: bytes alive now, by kind.
         peak: the same, at the moment when the sum was largest.
     """
 
-    def __init__(self, gradients_of: Iterable[Tensor] = (), *, answer: bool = True) -> None:
+    def __init__(self, gradients_of: Iterable[Tensor] = (), *, answer: bool = True, heap_below: int = 0) -> None:
         super().__init__()
-        self._answer = answer
+        self._answer, self._heap_below = answer, heap_below
+        self._heap = self._heap_high = 0
         # of two dimensions at least: a vector has the shape of too many things; and a gradient may come transposed
         shapes = {tuple(param.shape) for param in gradients_of if param.dim() >= 2}
         self._gradient_shapes = shapes | {shape[:-2] + (shape[-1], shape[-2]) for shape in shapes}
@@ -98,10 +105,21 @@ class MemoryTrace(TorchDispatchMode):
 
     def transient(self, extra: Bytes) -> None:
         """Something is used for a moment, on top of what is alive: may be the new peak."""
-        total = self._total + sum(extra.values())
+        total = self._total + self.retained + sum(extra.values())
         if total >= self._peak_total:
             self._peak_total = total
-            self.peak = added(self.live, extra)
+            self.peak = added(self.live, extra, {ALLOCATOR: self.retained})
+
+    @property
+    def retained(self) -> int:
+        """Bytes of the heap that are free and still resident."""
+        return self._heap_high - self._heap
+
+    def take_peak(self) -> Bytes:
+        """The peak so far; from now on another one is looked for, and the heap's free memory has gone back."""
+        peak, self._peak_total, self._heap_high = self.peak, 0, self._heap
+        self._look()
+        return peak
 
     def _sums_gradients(self, first: Any, second: Any, **_: Any) -> bool:
         """Autograd adds two gradients of one tensor in place where nobody else holds the first; a trace always seems to."""
@@ -124,16 +142,17 @@ class MemoryTrace(TorchDispatchMode):
             _, size, last_kind = self._known.pop(key)
             self.live[last_kind] -= size
             self._total -= size
+            self._heap -= size if size < self._heap_below else 0
 
         self._known[key] = (weakref.ref(storage, died), num_bytes, kind)
         self.live[kind] = self.live.get(kind, 0) + num_bytes
         self._total += num_bytes
+        self._heap += num_bytes if num_bytes < self._heap_below else 0
+        self._heap_high = max(self._heap_high, self._heap)
         self._look()
 
     def _look(self) -> None:
-        if self._total >= self._peak_total:
-            self._peak_total = self._total
-            self.peak = {kind: num_bytes for kind, num_bytes in self.live.items() if num_bytes}
+        self.transient({})
 
 
 def added(*parts: Bytes) -> Bytes:
