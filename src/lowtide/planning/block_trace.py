@@ -51,13 +51,13 @@ class WorkingSet:
     Attributes:
         forward: of the pass without a graph; the output of the whole batch is in it.
         backward: of the recompute and the backward; the gradient of the inputs is in it, that of the output is not.
-        forward_left, backward_left: what stays in the allocator afterwards, unless it is trimmed.
+        forward_heap, backward_heap: the most that came from the allocator's heap, see ``HEAP_BELOW``.
     """
 
     forward: Bytes
     backward: Bytes
-    forward_left: int = 0
-    backward_left: int = 0
+    forward_heap: int = 0
+    backward_heap: int = 0
 
 
 def trace_block(
@@ -81,12 +81,12 @@ def trace_block(
         for trace in (forward, backward):
             trace.ignore([*call.block.parameters(), *call.block.buffers(), *_tensors(leaves)])
         sums = _GradientSums(backward, update, applies)
-        forward_left = _trace_forward(forward, call.block, leaves, spec, micro_batch_size)
-        backward_left = _trace_backward(backward, call.block, leaves, spec, micro_batch_size, sums)
-    return WorkingSet(forward.peak, backward.peak, forward_left, backward_left)
+        _trace_forward(forward, call.block, leaves, spec, micro_batch_size)
+        _trace_backward(backward, call.block, leaves, spec, micro_batch_size, sums)
+    return WorkingSet(forward.peak, backward.peak, forward.heap_high, backward.heap_high)
 
 
-def _trace_forward(trace: MemoryTrace, block: nn.Module, leaves: list[Any], spec: Any, size: int) -> int:
+def _trace_forward(trace: MemoryTrace, block: nn.Module, leaves: list[Any], spec: Any, size: int) -> None:
     batch = _batch_size(leaves)
     with torch.no_grad(), trace, trace.kind(WORKING):
         whole: list[Tensor] = []
@@ -97,12 +97,11 @@ def _trace_forward(trace: MemoryTrace, block: nn.Module, leaves: list[Any], spec
             elif not whole:
                 whole = [output.new_empty((batch, *output.shape[1:])) for output in outputs]
             del outputs
-    return trace.retained
 
 
 def _trace_backward(
     trace: MemoryTrace, block: nn.Module, leaves: list[Any], spec: Any, size: int, sums: _GradientSums
-) -> int:
+) -> None:
     batch = _batch_size(leaves)
     starts = range(0, batch, size)[:_TRACED_MICRO_BATCHES]
     handles = [param.register_post_accumulate_grad_hook(sums.on_grad) for param in block.parameters()]
@@ -115,7 +114,6 @@ def _trace_backward(
                 _backward_once(block, spec, inputs)
                 _gather(input_grads, inputs, leaves, size >= batch)
                 del inputs
-        return trace.retained
     finally:
         for handle in handles:
             handle.remove()

@@ -50,6 +50,6 @@ def untraced_step(
     kept = {KEPT: hidden.nbytes * len(blocks), OTHER: hidden.nbytes}
     outside = {**kept, OTHER: 4 * hidden.nbytes, LOGITS: 2 * 4 * width * height, GRADIENTS: weight.nbytes}
     phases = ("forward", "measure", "backward") if two_passes else ("forward", "backward")
-    moments = [Moment(phase, index, kept, outside) for phase in phases for index in range(len(blocks))]
+    moments = [Moment(phase, index, kept, 0, outside, (0, 0)) for phase in phases for index in range(len(blocks))]
     calls = tuple(BlockCall(block, (hidden,), {}) for block in blocks)
     return StepTrace(outside, tuple(moments), calls, hidden.nbytes * len(blocks), hidden.nbytes)

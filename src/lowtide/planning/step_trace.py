@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from .attention import fused_attention
 from .block_trace import BlockCall, Transient, WorkingSet
 from .head_loss import HeadLoss
-from .tracing import ALLOCATOR, GRADIENTS, KEPT, Bytes, MemoryTrace, added
+from .tracing import ALLOCATOR, FRAGMENTATION, GRADIENTS, KEPT, Bytes, MemoryTrace, added
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
@@ -37,13 +37,17 @@ class Moment:
         phase: "forward" or "backward" (of the pass that updates), or "measure" (the first pass of exact clipping).
         block: index of the block.
         live: bytes by kind; weights and optimizer state are not in it.
-        after: the largest moment from the end of the block to the beginning of the next one.
+        heap: bytes of the allocator's heap that are in use.
+        after: the largest moment from the end of the block to the beginning of the next one, bytes by kind.
+        after_heap: bytes of the heap in use at its beginning, and the most until its end.
     """
 
     phase: str
     block: int
     live: Bytes
+    heap: int
     after: Bytes
+    after_heap: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,20 +79,46 @@ class StepTrace:
             trimmed: for each block, whether free memory is given back before it, and after its backward, as
                 :class:`lowtide.weights.DeviceHome` does for large blocks. None for all.
         """
-        candidates, left = [self.before], 0
-        for moment in self.moments:
+        candidates, heap = [self.before], _Heap()
+        for index, moment in enumerate(self.moments):
             inside = (measure if moment.phase == "measure" else working)[moment.block]
-            peak, leaves = inside.backward, inside.backward_left
-            if moment.phase == "forward":
-                peak, leaves = inside.forward, inside.forward_left
-            trim = trimmed is None or trimmed[moment.block]
-            # A block finds room in what one like it has left. What has other sizes, such as the logits, does not: free
-            # memory lies in pieces between others.
-            carried = 0 if trim else max(0, left - leaves)
-            candidates.append(added(moment.live, peak, {ALLOCATOR: carried}))
-            left = 0 if trim and moment.phase == "backward" else max(leaves, carried)
-            candidates.append(added(moment.after, {ALLOCATOR: left}))
+            forward = moment.phase == "forward"
+            peak, most = (inside.forward, inside.forward_heap) if forward else (inside.backward, inside.backward_heap)
+            trims = trimmed is None or trimmed[moment.block]
+            if trims:
+                heap.trim(moment.heap)
+            # A block finds room in what one like it has left, but not in what another phase has: free memory lies in pieces
+            # between others. Nor does the loss, which comes where forward turns to backward.
+            first = index == 0 or self.moments[index - 1].phase != moment.phase
+            heap.grow(moment.heap, most, fresh=first)
+            candidates.append(added(moment.live, peak, {ALLOCATOR: heap.top - moment.heap - most}))
+            start, most = moment.after_heap
+            if trims and not forward:
+                heap.trim(start)
+            last = index + 1 == len(self.moments) or self.moments[index + 1].phase != moment.phase
+            heap.grow(start, most - start, fresh=last)
+            candidates.append(added(moment.after, {ALLOCATOR: heap.top - most}))
         return max(candidates, key=lambda candidate: sum(candidate.values()))
+
+
+class _Heap:
+    """How much of the allocator's heap is resident.
+
+    Attributes:
+        top: bytes.
+    """
+
+    def __init__(self) -> None:
+        self.top = 0
+
+    def trim(self, used: int) -> None:
+        """Free memory goes back to the system."""
+        self.top = used
+
+    def grow(self, used: int, more: int, *, fresh: bool) -> None:
+        """On top of what is in use, ``more`` bytes come and go. Fresh: they find no room in what is free."""
+        base = max(self.top, used) if fresh else used
+        self.top = max(self.top, base + round(FRAGMENTATION * more))
 
 
 def trace_step(
@@ -125,8 +155,7 @@ def trace_step(
             loss.backward(retain_graph=phase == "measure")
             tracer.finish()
     own = [max((t.nbytes for t in call.tensors() if t.requires_grad), default=0) for call in tracer.calls]
-    before, *moments = tracer.moments()
-    return StepTrace(before.after, tuple(moments), tuple(tracer.calls), tracer.kept_bytes, max(own, default=0))
+    return StepTrace(tracer.before, tracer.moments(), tuple(tracer.calls), tracer.kept_bytes, max(own, default=0))
 
 
 def _batch(batch_size: int, seq_len: int, masked: bool) -> dict[str, Tensor]:
@@ -150,8 +179,9 @@ class _StepTracer:
         self.trace = MemoryTrace(self._outside, answer=self.answer, heap_below=heap_below)
         self.trace.ignore([*model.parameters(), *model.buffers()])
         self.phase = "forward"
-        self._begun: list[tuple[str, int, Bytes]] = [("", -1, {})]
-        self._peaks: list[Bytes] = []  # before each of these but the first
+        self.before: Bytes = {}
+        self._moments: list[Moment] = []  # the last one without its end
+        self._resumed = 0
         self.calls: list[BlockCall] = []
         self._kept: dict[int, int] = {}
         self._sums: dict[Tensor, Tensor] = {}
@@ -183,18 +213,31 @@ class _StepTracer:
     def finish(self) -> None:
         """The end of a pass: what was summed is used."""
         while self._sums:
-            param, _ = self._sums.popitem()
+            param, grad = self._sums.popitem()
             self._apply(param)
+            del grad
 
-    def note(self, index: int) -> None:
-        """A block begins."""
-        self._peaks.append(self.trace.take_peak())
-        self._begun.append((self.phase, index, added(self.trace.live)))
+    def begin(self, index: int) -> None:
+        """A block begins; ``resume`` follows when what remains of it has been made."""
+        self._end()
+        self._moments.append(Moment(self.phase, index, added(self.trace.live), self.trace.heap, {}, (0, 0)))
 
-    def moments(self) -> list[Moment]:
-        """All of them; the first is the time before any block."""
-        ends = [*self._peaks, self.trace.take_peak()]
-        return [Moment(*begun, after) for begun, after in zip(self._begun, ends, strict=True)]
+    def resume(self) -> None:
+        """The block has ended."""
+        self.trace.take_peak()
+        self._resumed = self.trace.heap
+
+    def moments(self) -> tuple[Moment, ...]:
+        """All of them, at the end."""
+        self._end()
+        return tuple(self._moments)
+
+    def _end(self) -> None:
+        heap, after = (self._resumed, self.trace.heap_high), self.trace.take_peak()
+        if self._moments:
+            self._moments[-1] = dataclasses.replace(self._moments[-1], after=after, after_heap=heap)
+        else:
+            self.before = after
 
     def keep(self, tensors: Sequence[Tensor]) -> None:
         """Autograd keeps these for the backward pass."""
@@ -212,13 +255,14 @@ class _StepTracer:
             leaves, spec = pytree.tree_flatten((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             self.calls.append(BlockCall(block, *pytree.tree_map_only(Tensor, _uncounted_like, (args, kwargs))))
-            self.note(index)
+            self.begin(index)
             template = self._output_of(original, args, kwargs)
             outputs, out_spec = pytree.tree_flatten(template)
             positions = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor)]
             shapes = [(outputs[i].shape, outputs[i].dtype) for i in positions]
             anchor = torch.empty(0, device="meta", requires_grad=True)
             made = _StandIn.apply(self, index, shapes, anchor, *tensors)
+            self.resume()
             for position, tensor in zip(positions, made, strict=True):
                 outputs[position] = tensor
             return pytree.tree_unflatten(outputs, out_spec)
@@ -238,7 +282,6 @@ class _StepTracer:
         assert grad is not None
         self.trace.retag(grad, GRADIENTS)
         if self._outside[param] == 1:
-            del grad
             self._apply(param)
         elif param in self._sums:
             self._sums[param].add_(grad)
@@ -283,7 +326,8 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.tracer.note(ctx.index)
+        ctx.tracer.begin(ctx.index)
         needed = ctx.needs_input_grad[4:]
-        made = (torch.empty_like(t) if need else None for t, need in zip(ctx.saved_tensors, needed, strict=True))
+        made = [torch.empty_like(t) if need else None for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+        ctx.tracer.resume()
         return (None, None, None, None, *made)
