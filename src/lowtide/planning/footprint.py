@@ -242,12 +242,14 @@ class StepShape:
         """Bytes by kind and place.
 
         Args:
-            homes: of each unit by name: device, host or disk; or one for all of them.
+            homes: of each unit by name: device, host or disk; or one for all of them. On a CPU host is the same as device.
             micro_batch_size: samples that go through a block at a time; None for the whole batch.
             block_inputs: device, or host: where the inputs of the blocks are kept from forward to backward.
         """
         size = min(micro_batch_size or self.batch_size, self.batch_size)
         of = {unit.name: homes if isinstance(homes, str) else homes[unit.name] for unit in self.units}
+        if self.device == "cpu":  # host memory is where weights are computed on: nothing moves
+            of = {name: "device" if home == "host" else home for name, home in of.items()}
         measure = self.working_sets(size, applies=False) if self.exact_clipping else ()
         trimmed = [of[u.name] == "device" and u.num_bytes >= _TRIM_FROM_BYTES for u in self.units if u.is_layer]
         device, host = self.step.peak(self.working_sets(size), measure, trimmed), Bytes()
@@ -257,9 +259,7 @@ class StepShape:
         pools = sum(self._pool_bytes(of, home) for home in ("host", "disk"))
         device = added(device, {WEIGHTS: weights["device"], STATE: self.state_bytes, POOLS: pools})
         host = added(host, {WEIGHTS: weights["host"]})
-        if self.device == "cpu":
-            device, host = added(device, host), {}
-        elif weights["disk"]:
+        if self.device != "cpu" and weights["disk"]:
             host = added(host, {POOLS: STAGING_BYTES})
         return Footprint(device, host, added({WEIGHTS: weights["disk"]}))
 
