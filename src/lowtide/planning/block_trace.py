@@ -77,7 +77,7 @@ def trace_block(
     """
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     with torch.device("meta"), fused_attention():
-        forward, backward = (MemoryTrace(call.block.parameters(), heap_below=heap_below) for _ in range(2))
+        forward, backward = (MemoryTrace(heap_below=heap_below) for _ in range(2))
         for trace in (forward, backward):
             trace.ignore([*call.block.parameters(), *call.block.buffers(), *_tensors(leaves)])
         sums = _GradientSums(backward, update, applies)

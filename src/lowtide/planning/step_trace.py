@@ -176,7 +176,7 @@ class _StepTracer:
         self.answer = not masked
         inside = {id(module) for block in blocks for module in block.modules()}
         self._outside = _uses(model, inside)  # of each parameter outside the blocks: modules that use it
-        self.trace = MemoryTrace(self._outside, answer=self.answer, heap_below=heap_below)
+        self.trace = MemoryTrace(answer=self.answer, heap_below=heap_below)
         self.trace.ignore([*model.parameters(), *model.buffers()])
         self.phase = "forward"
         self.before: Bytes = {}

@@ -42,11 +42,19 @@ FRAGMENTATION = 1.5
 Bytes = dict[str, int]  # by kind
 
 
+class _Entry:
+    """A storage: how to see that it is still the same one, its size, what it is for."""
+
+    __slots__ = ("kind", "num_bytes", "reference")
+
+    def __init__(self, reference: weakref.ref[Any], num_bytes: int, kind: str) -> None:
+        self.reference, self.num_bytes, self.kind = reference, num_bytes, kind
+
+
 class MemoryTrace(TorchDispatchMode):
     """While entered, counts the bytes of all storages that operations create, and remembers the largest sum.
 
     Args:
-        gradients_of: tensors of the shape of one of these are labelled gradients.
         answer: what a model is told that asks a tensor for a truth value. transformers asks whether all tokens of a mask
             count, and whether all positions follow one another: True means that it need not make a mask.
         heap_below: pieces of fewer bytes come from a heap whose free memory stays resident; see ``HEAP_BELOW``.
@@ -57,18 +65,16 @@ class MemoryTrace(TorchDispatchMode):
         heap, heap_high: bytes of the heap in use now, and the most of them so far.
     """
 
-    def __init__(self, gradients_of: Iterable[Tensor] = (), *, answer: bool = True, heap_below: int = 0) -> None:
+    def __init__(self, *, answer: bool = True, heap_below: int = 0) -> None:
         super().__init__()
         self._answer, self._heap_below = answer, heap_below
         self.heap = self.heap_high = 0
-        # of two dimensions at least: a vector has the shape of too many things; and a gradient may come transposed
-        shapes = {tuple(param.shape) for param in gradients_of if param.dim() >= 2}
-        self._gradient_shapes = shapes | {shape[:-2] + (shape[-1], shape[-2]) for shape in shapes}
         self.live: Bytes = {}
         self.peak: Bytes = {}
         self._kind = OTHER
         self._total = self._peak_total = 0
-        self._known: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        self._known: dict[int, _Entry] = {}  # by address
+        self._at_peak: set[_Entry] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -76,9 +82,10 @@ class MemoryTrace(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and self._sums_gradients(*args, **(kwargs or {})):
             return args[0].add_(args[1])
         result = _grouped_mm(*args) if func in _GROUPED_MM else func(*args, **(kwargs or {}))
+        kind = GRADIENTS if func is torch.ops.aten.embedding_dense_backward.default else self._kind
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._note(leaf)
+                self._note(leaf.untyped_storage(), kind)
         return result
 
     @contextmanager
@@ -96,16 +103,14 @@ class MemoryTrace(TorchDispatchMode):
             self._add(tensor.untyped_storage(), 0, OTHER)
 
     def retag(self, tensor: Tensor, kind: str) -> None:
-        """From now on this tensor's storage counts as ``kind``."""
-        storage = tensor.untyped_storage()
-        entry = self._known.get(storage._cdata)
-        if entry is None or entry[0]() is not storage:
+        """This tensor's storage counts as ``kind``, at the peak so far, too."""
+        entry = self._find(tensor.untyped_storage())
+        if entry is None:
             return
-        _, num_bytes, old = entry
-        self.live[old] -= num_bytes
-        self.live[kind] = self.live.get(kind, 0) + num_bytes
-        self._known[storage._cdata] = (entry[0], num_bytes, kind)
-        self._look()
+        for place in (self.live, self.peak) if entry in self._at_peak else (self.live,):
+            place[entry.kind] -= entry.num_bytes
+            place[kind] = place.get(kind, 0) + entry.num_bytes
+        entry.kind = kind
 
     def transient(self, extra: Bytes) -> None:
         """Something is used for a moment, on top of what is alive: may be the new peak."""
@@ -113,6 +118,7 @@ class MemoryTrace(TorchDispatchMode):
         if total >= self._peak_total:
             self._peak_total = total
             self.peak = added(self.live, extra, {ALLOCATOR: self.retained})
+            self._at_peak = set(self._known.values())
 
     @property
     def retained(self) -> int:
@@ -129,31 +135,33 @@ class MemoryTrace(TorchDispatchMode):
         """Autograd adds two gradients of one tensor in place where nobody else holds the first; a trace always seems to."""
         if torch._C._current_graph_task_id() == -1 or not isinstance(second, Tensor) or first.shape != second.shape:
             return False
-        entry = self._known.get(first.untyped_storage()._cdata)
-        return entry is not None and entry[1] > 0  # what comes from outside is held there
+        entry = self._find(first.untyped_storage())
+        return entry is not None and entry.num_bytes > 0  # what comes from outside is held there
 
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def _find(self, storage: torch.UntypedStorage) -> _Entry | None:
         entry = self._known.get(storage._cdata)
-        if entry is None or entry[0]() is not storage:
-            kind = GRADIENTS if tuple(tensor.shape) in self._gradient_shapes else self._kind
+        return entry if entry is not None and entry.reference() is storage else None
+
+    def _note(self, storage: torch.UntypedStorage, kind: str) -> None:
+        if self._find(storage) is None:
             self._add(storage, storage.nbytes(), kind)
 
     def _add(self, storage: torch.UntypedStorage, num_bytes: int, kind: str) -> None:
         key = storage._cdata
 
         def died(_: Any) -> None:
-            _, size, last_kind = self._known.pop(key)
-            self.live[last_kind] -= size
-            self._total -= size
-            self.heap -= size if size < self._heap_below else 0
+            self._count(self._known.pop(key), -1)
 
-        self._known[key] = (weakref.ref(storage, died), num_bytes, kind)
-        self.live[kind] = self.live.get(kind, 0) + num_bytes
-        self._total += num_bytes
-        self.heap += num_bytes if num_bytes < self._heap_below else 0
-        self.heap_high = max(self.heap_high, self.heap)
+        self._known[key] = entry = _Entry(weakref.ref(storage, died), num_bytes, kind)
+        self._count(entry, 1)
         self._look()
+
+    def _count(self, entry: _Entry, sign: int) -> None:
+        self.live[entry.kind] = self.live.get(entry.kind, 0) + sign * entry.num_bytes
+        self._total += sign * entry.num_bytes
+        if entry.num_bytes < self._heap_below:
+            self.heap += sign * entry.num_bytes
+            self.heap_high = max(self.heap_high, self.heap)
 
     def _look(self) -> None:
         self.transient({})
