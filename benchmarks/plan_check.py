@@ -157,7 +157,9 @@ def main() -> None:
     if options.one:
         measure(options.one, options.threads)
         return
-    print("| configuration | shape | batch x seq, micro | optimizer, dtype, home | predicted MiB | measured MiB | error |")
+    print(
+        "| configuration | shape | batch x seq, micro | optimizer, dtype, home | predicted MiB | measured MiB | error |"
+    )
     print("|---|---|---|---|---|---|---|")
     rows = []
     for name in options.only:

@@ -18,7 +18,7 @@ from ..log import get_logger
 from .block_trace import BlockCall, WorkingSet, trace_block
 from .fallback import untraced_step, untraced_working_set
 from .step_trace import StepTrace, trace_step
-from .tracing import HEAP_BELOW, KEPT, POOLS, STATE, WEIGHTS, Bytes, added
+from .tracing import HEAP_BELOW, KEPT, POOLS, STATE, WEIGHTS, WORKING, Bytes, added
 from .updates import state_bytes, update_temporaries
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ class StepShape:
         trust_remote_code: bool = False,
     ) -> None:
         if batch_size < 1 or seq_len < 2:
-            raise ValueError(
-                f"batch_size must be at least 1 and seq_len at least 2, got {batch_size}, {seq_len}"
-            )
+            raise ValueError(f"batch_size must be at least 1 and seq_len at least 2, got {batch_size}, {seq_len}")
         self.config, self.dtype = _with_sdpa(config), dtype
         self.batch_size, self.seq_len = batch_size, seq_len
         self.optimizer, self.rounding = optimizer, rounding
@@ -158,13 +156,23 @@ class StepShape:
             )
         self._working: dict[Any, WorkingSet] = {}
 
+    def resized(self, *, batch_size: int, seq_len: int) -> StepShape:
+        """The same model with another batch."""
+        other = copy.copy(self)
+        for name in ("step", "largest_activations"):
+            other.__dict__.pop(name, None)
+        other.batch_size, other.seq_len, other._working = batch_size, seq_len, {}
+        return other
+
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """Embedding, decoder layers and head, in the order of the forward pass."""
         names = {module: name for name, module in self.model.named_modules()}
         layers = [_unit(names[block], block, is_layer=True) for block in self.blocks]
         model: Any = self.model
-        ends = [_unit(names[m], m, is_layer=False) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+        ends = [
+            _unit(names[m], m, is_layer=False) for m in (model.get_input_embeddings(), model.get_output_embeddings())
+        ]
         if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
             ends.pop()
             return (*ends, *layers)
@@ -209,6 +217,18 @@ class StepShape:
             _logger.warning("%s cannot be traced (%s): estimated instead", type(self.model).__name__, error)
             return untraced_step(self.model, self.blocks, self.batch_size, self.seq_len, self.exact_clipping)
 
+    @cached_property
+    def largest_activations(self) -> int:
+        """Bytes that a block holds at most when it takes the whole batch, gradients of weights aside."""
+        largest = 0
+        for call in {_signature(call): call for call in self.step.calls}.values():
+            try:
+                peak = trace_block(call, micro_batch_size=self.batch_size, update=lambda _: {}).backward
+            except Exception:  # said before, in working_sets
+                peak = untraced_working_set(call, self.batch_size).backward
+            largest = max(largest, peak.get(WORKING, 0))
+        return largest
+
     def working_sets(self, micro_batch_size: int, *, applies: bool = True) -> list[WorkingSet]:
         """Of every block; blocks that are alike are traced once.
 
@@ -251,7 +271,7 @@ class StepShape:
         if self.device == "cpu":  # host memory is where weights are computed on: nothing moves
             of = {name: "device" if home == "host" else home for name, home in of.items()}
         measure = self.working_sets(size, applies=False) if self.exact_clipping else ()
-        trimmed = [of[u.name] == "device" and u.num_bytes >= _TRIM_FROM_BYTES for u in self.units if u.is_layer]
+        trimmed = [unit.num_bytes >= _TRIM_FROM_BYTES for unit in self.units if unit.is_layer]
         device, host = self.step.peak(self.working_sets(size), measure, trimmed), Bytes()
         if block_inputs == "host" and self.device != "cpu":
             device, host = self._inputs_in_host_memory(device)

@@ -77,7 +77,7 @@ class StepTrace:
             working: of each block.
             measure: of each block in the first pass of exact clipping, where no parameter is updated.
             trimmed: for each block, whether free memory is given back before it, and after its backward, as
-                :class:`lowtide.weights.DeviceHome` does for large blocks. None for all.
+                every home does for large blocks. None for all.
         """
         candidates, heap = [self.before], _Heap()
         for index, moment in enumerate(self.moments):
@@ -252,8 +252,7 @@ class _StepTracer:
         def run(*args: Any, **kwargs: Any) -> Any:
             kwargs = {name: None if name in _CACHE_ARGUMENTS else value for name, value in kwargs.items()}
             args = tuple(None if name in _CACHE_ARGUMENTS else value for name, value in zip(names, args, strict=False))
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self.calls.append(BlockCall(block, *pytree.tree_map_only(Tensor, _uncounted_like, (args, kwargs))))
             self.begin(index)
             template = self._output_of(original, args, kwargs)
