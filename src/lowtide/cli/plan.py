@@ -7,13 +7,13 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import DEFAULT_CLIP_GRAD_NORM, DTYPES, OPTIMIZERS, ROUNDINGS
-from ..units import format_count, parse_bytes
+from ..units import format_count
 from .arguments import UsageError
+from .quantities import at_least, flops, positive, rate, size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -40,17 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--max-seq-len",
         "--seq-len",
-        type=_at_least(2),
+        type=at_least(2),
         default=512,
         metavar="N",
         help="tokens in a sequence (default: 512)",
     )
-    step.add_argument(
-        "--batch-size", type=_at_least(1), default=8, metavar="N", help="sequences in a step (default: 8)"
-    )
+    step.add_argument("--batch-size", type=at_least(1), default=8, metavar="N", help="sequences in a step (default: 8)")
     step.add_argument(
         "--micro-batch-size",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         help="sequences that go through a layer at once (default: choose)",
     )
@@ -61,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--rounding", choices=ROUNDINGS, help="of updated 16-bit weights (default: stochastic)")
     step.add_argument(
         "--clip-grad-norm",
-        type=_positive("a number above 0, or 0 for no limit", zero=True),
+        type=positive("a number above 0, or 0 for no limit", zero=True),
         metavar="X",
         help="exact clipping, which walks the graph twice; 0 for none (default: as in lowtide train)",
     )
@@ -84,20 +82,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--host-memory", "host memory; with --device cpu the same as --device-memory"),
         ("--disk", "disk for a working copy of the weights; none unless given"),
     ):
-        room.add_argument(flag, type=_size, metavar="SIZE", help=f"{text}, as 24GiB or 500GB")
+        room.add_argument(flag, type=size, metavar="SIZE", help=f"{text}, as 24GiB or 500GB")
     room.add_argument(
         "--directory", default=".", metavar="DIR", help="on the disk whose speed is measured (default: the present one)"
     )
-    room.add_argument("--flops", type=_flops, metavar="X", help="floating-point operations a second, as 35T")
+    room.add_argument("--flops", type=flops, metavar="X", help="floating-point operations a second, as 35T")
     for flag, text in (
         ("--pcie", "between host memory and device, each way"),
         ("--disk-read", "from the disk"),
         ("--disk-write", "to the disk"),
     ):
-        room.add_argument(flag, type=_rate, metavar="RATE", help=f"bytes a second {text}, as 12GB/s")
+        room.add_argument(flag, type=rate, metavar="RATE", help=f"bytes a second {text}, as 12GB/s")
     room.add_argument("--no-measure", action="store_true", help="assume every speed that is not given")
     answer = parser.add_argument_group("the answer")
-    answer.add_argument("--steps", type=_at_least(1), metavar="N", help="of the run, for what it writes to the disk")
+    answer.add_argument("--steps", type=at_least(1), metavar="N", help="of the run, for what it writes to the disk")
     answer.add_argument("--json", metavar="FILE", help="write it as JSON, too; - for JSON alone on standard output")
     answer.add_argument("--plot", metavar="FILE", help="draw the memory of each method into a new PNG file")
 
@@ -273,53 +271,3 @@ def _speeds(args: argparse.Namespace, shape: StepShape, device: str) -> Speeds:
         given=given,
         measure=not args.no_measure,
     )
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _positive(expected: str, *, zero: bool = False) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not (0 < value < float("inf") or (zero and value == 0)):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _rate(text: str) -> float:
-    try:
-        value = parse_bytes(text.removesuffix("/s"))
-    except ValueError:
-        value = 0
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate; write it like 12GB/s")
-    return float(value)
-
-
-def _flops(text: str) -> float:
-    number = text.upper().removesuffix("/S").removesuffix("FLOP")
-    factor = {"G": 1e9, "T": 1e12}.get(number[-1:], 1.0)
-    parse = _positive("operations a second, as 35T or 80G")
-    return factor * parse(number[:-1] if factor > 1 else number)

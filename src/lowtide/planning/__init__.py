@@ -1,7 +1,7 @@
 """Whether it fits: what a model takes, and what this machine has."""
 
 from .comparison import Method, as_method, compare
-from .footprint import Footprint, StepShape, Unit, footprint, num_parameters, weights_bytes
+from .footprint import Footprint, Unit, num_parameters, weights_bytes
 from .hardware import (
     available_host_bytes,
     computes_bfloat16,
@@ -11,6 +11,7 @@ from .hardware import (
 )
 from .planner import Limits, Plan, make_plan
 from .speeds import Speeds, find_speeds
+from .step_shape import StepShape, footprint
 from .timing import StepTime, step_time
 from .tracing import KINDS
 from .updates import OPTIMIZERS

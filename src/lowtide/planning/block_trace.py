@@ -61,7 +61,7 @@ class WorkingSet:
 
 
 def trace_block(
-    call: BlockCall, *, micro_batch_size: int, update: Transient, applies: bool = True, heap_below: int = 0
+    call: BlockCall, *, micro_batch_size: int, update: Transient, applies: bool = True, **options: Any
 ) -> WorkingSet:
     """Run one block on the meta device and read its peaks.
 
@@ -70,14 +70,14 @@ def trace_block(
         micro_batch_size: samples that go through the block at a time.
         update: temporaries that updating a parameter needs.
         applies: False for a pass that only measures the norm of the gradients.
-        heap_below: see :class:`MemoryTrace`.
+        options: of :class:`MemoryTrace`.
 
     Raises:
         Exception: whatever the block raises where it cannot run on the meta device.
     """
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     with torch.device("meta"), fused_attention():
-        forward, backward = (MemoryTrace(heap_below=heap_below) for _ in range(2))
+        forward, backward = (MemoryTrace(**options) for _ in range(2))
         for trace in (forward, backward):
             trace.ignore([*call.block.parameters(), *call.block.buffers(), *_tensors(leaves)])
         sums = _GradientSums(backward, update, applies)

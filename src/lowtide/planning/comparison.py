@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from .footprint import Footprint, StepShape
+from .footprint import Footprint
+from .step_shape import StepShape
 from .tracing import GRADIENTS, KINDS, STATE, WEIGHTS
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..optim.base import SIXTEEN_BIT
 from .block_trace import BlockCall, WorkingSet
 from .head_loss import slice_shape
-from .step_trace import Moment, StepTrace
+from .moments import Moment, StepTrace
 from .tracing import GRADIENTS, KEPT, LOGITS, OTHER, WORKING
 
 _ELEMENTS_PER_INPUT = 17  # of activations for one of the layer's input: 34 bytes of 16-bit numbers

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..optim.base import SIXTEEN_BIT
 from .tracing import LOGITS, MemoryTrace
 
 # As in models/loss.py: float32 logits alive at a time, and the narrowest slice of the vocabulary.
@@ -27,13 +28,13 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, trace: MemoryTrace, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.trace = trace
         highest, total, target = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
         with trace.kind(LOGITS):
             for height, width in _first_slices(hidden.shape[0], weight.shape[0]):
-                logits = _logits(hidden, weight, height, width)
+                logits = _logits(ctx.trace, hidden, weight, height, width)
             del logits
         ctx.save_for_backward(hidden, weight, highest)
-        ctx.trace = trace
         return (highest + total - target).sum()
 
     @staticmethod
@@ -45,12 +46,16 @@ class HeadLoss(torch.autograd.Function):
         part = product = None
         with ctx.trace.kind(LOGITS):
             for height, width in _first_slices(hidden.shape[0], weight.shape[0]):
-                logits = _logits(hidden, weight, height, width)
+                logits = _logits(ctx.trace, hidden, weight, height, width)
                 grad = logits.to(hidden.dtype)
                 if need_hidden:
                     hidden.new_empty((height, hidden.shape[1]))
+                    if hidden.dtype in SIXTEEN_BIT:
+                        ctx.trace.product(height, width, hidden.shape[1])
                 if need_weight:
                     product = hidden.new_empty((width, hidden.shape[1]))
+                    if hidden.dtype in SIXTEEN_BIT:
+                        ctx.trace.product(width, height, hidden.shape[1])
                     # a sum over slices of the tokens is float32
                     part = product if height == hidden.shape[0] else product.to(torch.float32)
             del logits, grad, part, product
@@ -70,8 +75,10 @@ def slice_shape(num_tokens: int, vocab_size: int) -> tuple[int, int]:
     return width, max(1, min(num_tokens, MAX_LOGITS // width))
 
 
-def _logits(hidden: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+def _logits(trace: MemoryTrace, hidden: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
     """A slice of logits in float32, through the dtype of the hidden states."""
     if weight.dtype != hidden.dtype:
         weight = hidden.new_empty((width, hidden.shape[1]))
+    if hidden.dtype in SIXTEEN_BIT:
+        trace.product(height, hidden.shape[1], width)
     return hidden.new_empty((height, width)).to(torch.float32)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..units import format_bytes
-from .footprint import Footprint, StepShape
+from .footprint import Footprint
 from .speeds import Speeds
+from .step_shape import StepShape
 from .timing import StepTime, step_time
 
 HOMES = ("device", "host", "disk")

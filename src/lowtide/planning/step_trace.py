@@ -4,8 +4,6 @@ The model runs forward and backward once on the meta device. Its blocks are repl
 make their outputs, as the engine's do (``fused/block.py``), and note how much is alive when each begins; what a block
 holds inside is traced apart, once for each kind of block. Embedding, masks, final norm and their gradients are the
 model's own operations; the head and its loss have a stand-in.
-
-The peak of the step is the largest of these moments: what is alive there, and on top of it what the block needs.
 """
 
 from __future__ import annotations
@@ -22,103 +20,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .attention import fused_attention
-from .block_trace import BlockCall, Transient, WorkingSet
+from .block_trace import BlockCall, Transient
 from .head_loss import HeadLoss
-from .tracing import ALLOCATOR, FRAGMENTATION, GRADIENTS, KEPT, Bytes, MemoryTrace, added
+from .moments import Moment, StepTrace
+from .tracing import GRADIENTS, KEPT, Bytes, MemoryTrace, added
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
-
-
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """A block begins: what is alive outside the blocks then, and what comes between this block and the next.
-
-    Attributes:
-        phase: "forward" or "backward" (of the pass that updates), or "measure" (the first pass of exact clipping).
-        block: index of the block.
-        live: bytes by kind; weights and optimizer state are not in it.
-        heap: bytes of the allocator's heap that are in use.
-        after: the largest moment from the end of the block to the beginning of the next one, bytes by kind.
-        after_heap: bytes of the heap in use at its beginning, and the most until its end.
-    """
-
-    phase: str
-    block: int
-    live: Bytes
-    heap: int
-    after: Bytes
-    after_heap: tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepTrace:
-    """A traced step.
-
-    Attributes:
-        before: the largest moment before the first block.
-        moments: one for each time a block begins.
-        calls: how each block was called.
-        kept_bytes: all block inputs together; one that several blocks share counts once.
-        input_bytes: of the largest block input that is a block's own (hidden states).
-    """
-
-    before: Bytes
-    moments: tuple[Moment, ...]
-    calls: tuple[BlockCall, ...]
-    kept_bytes: int
-    input_bytes: int
-
-    def peak(
-        self, working: Sequence[WorkingSet], measure: Sequence[WorkingSet] = (), trimmed: Sequence[bool] | None = None
-    ) -> Bytes:
-        """The largest moment of the step, by kind.
-
-        Args:
-            working: of each block.
-            measure: of each block in the first pass of exact clipping, where no parameter is updated.
-            trimmed: for each block, whether free memory is given back before it, and after its backward, as
-                every home does for large blocks. None for all.
-        """
-        candidates, heap = [self.before], _Heap()
-        for index, moment in enumerate(self.moments):
-            inside = (measure if moment.phase == "measure" else working)[moment.block]
-            forward = moment.phase == "forward"
-            peak, most = (inside.forward, inside.forward_heap) if forward else (inside.backward, inside.backward_heap)
-            trims = trimmed is None or trimmed[moment.block]
-            if trims:
-                heap.trim(moment.heap)
-            # A block finds room in what one like it has left, but not in what another phase has: free memory lies in pieces
-            # between others. Nor does the loss, which comes where forward turns to backward.
-            first = index == 0 or self.moments[index - 1].phase != moment.phase
-            heap.grow(moment.heap, most, fresh=first)
-            candidates.append(added(moment.live, peak, {ALLOCATOR: heap.top - moment.heap - most}))
-            start, most = moment.after_heap
-            if trims and not forward:
-                heap.trim(start)
-            last = index + 1 == len(self.moments) or self.moments[index + 1].phase != moment.phase
-            heap.grow(start, most - start, fresh=last)
-            candidates.append(added(moment.after, {ALLOCATOR: heap.top - most}))
-        return max(candidates, key=lambda candidate: sum(candidate.values()))
-
-
-class _Heap:
-    """How much of the allocator's heap is resident.
-
-    Attributes:
-        top: bytes.
-    """
-
-    def __init__(self) -> None:
-        self.top = 0
-
-    def trim(self, used: int) -> None:
-        """Free memory goes back to the system."""
-        self.top = used
-
-    def grow(self, used: int, more: int, *, fresh: bool) -> None:
-        """On top of what is in use, ``more`` bytes come and go. Fresh: they find no room in what is free."""
-        base = max(self.top, used) if fresh else used
-        self.top = max(self.top, base + round(FRAGMENTATION * more))
 
 
 def trace_step(
@@ -130,7 +37,7 @@ def trace_step(
     masked: bool,
     two_passes: bool,
     update: Transient,
-    heap_below: int = 0,
+    **options: Any,
 ) -> StepTrace:
     """Run one training step of a causal language model on the meta device.
 
@@ -141,12 +48,12 @@ def trace_step(
         masked: the batch is padded or packed, so that the model makes an attention mask [B, 1, S, S].
         two_passes: the norm of the gradients is measured before the pass that updates.
         update: temporaries that updating a parameter needs.
-        heap_below: see :class:`MemoryTrace`.
+        options: of :class:`MemoryTrace`.
 
     Raises:
         Exception: whatever the model raises where it cannot run on the meta device.
     """
-    tracer = _StepTracer(model, blocks, update, masked, heap_below)
+    tracer = _StepTracer(model, blocks, update, MemoryTrace(answer=not masked, **options))
     with torch.device("meta"), fused_attention(), tracer.installed(), tracer.trace:
         batch = _batch(batch_size, seq_len, masked)
         loss = tracer.loss(batch)
@@ -169,14 +76,11 @@ def _batch(batch_size: int, seq_len: int, masked: bool) -> dict[str, Tensor]:
 class _StepTracer:
     """State of one traced step: hooks on parameters outside the blocks, stand-ins for the blocks."""
 
-    def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], update: Transient, masked: bool, heap_below: int
-    ) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], update: Transient, trace: MemoryTrace) -> None:
         self.model, self.blocks, self.update = model, list(blocks), update
-        self.answer = not masked
         inside = {id(module) for block in blocks for module in block.modules()}
         self._outside = _uses(model, inside)  # of each parameter outside the blocks: modules that use it
-        self.trace = MemoryTrace(answer=self.answer, heap_below=heap_below)
+        self.trace = trace
         self.trace.ignore([*model.parameters(), *model.buffers()])
         self.phase = "forward"
         self.before: Bytes = {}
@@ -271,7 +175,7 @@ class _StepTracer:
     def _output_of(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The structure of the block's output; nothing of this is counted."""
         with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"), torch.no_grad():
-            trace = MemoryTrace(answer=self.answer)  # answers where the block asks a tensor for a number
+            trace = MemoryTrace(answer=self.trace.answer)  # answers where the block asks a tensor for a number
             with trace:
                 return original(*args, **kwargs)
 

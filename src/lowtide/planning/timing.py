@@ -15,8 +15,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .footprint import StepShape, Unit
+from .footprint import Unit
 from .speeds import Speeds
+from .step_shape import StepShape
 
 # Blocks that are still in the pool where the pass turns round, and again where the next step begins: not read a second time.
 _KEPT_AT_A_TURN = 2

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..optim.base import SIXTEEN_BIT
+
 # What the bytes of a training step are for, in the order in which they are shown.
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
 KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, OTHER, ALLOCATOR = (
@@ -58,6 +60,7 @@ class MemoryTrace(TorchDispatchMode):
         answer: what a model is told that asks a tensor for a truth value. transformers asks whether all tokens of a mask
             count, and whether all positions follow one another: True means that it need not make a mask.
         heap_below: pieces of fewer bytes come from a heap whose free memory stays resident; see ``HEAP_BELOW``.
+        float32_products: products of 16-bit matrices run in float32 slices, see ``fused/matmul16.py``.
 
     Attributes:
         live: bytes alive now, by kind.
@@ -65,9 +68,9 @@ class MemoryTrace(TorchDispatchMode):
         heap, heap_high: bytes of the heap in use now, and the most of them so far.
     """
 
-    def __init__(self, *, answer: bool = True, heap_below: int = 0) -> None:
+    def __init__(self, *, answer: bool = True, heap_below: int = 0, float32_products: bool = False) -> None:
         super().__init__()
-        self._answer, self._heap_below = answer, heap_below
+        self.answer, self._heap_below, self.float32_products = answer, heap_below, float32_products
         self.heap = self.heap_high = 0
         self.live: Bytes = {}
         self.peak: Bytes = {}
@@ -78,10 +81,13 @@ class MemoryTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return self._answer if args[0].dtype == torch.bool else 1
+            return self.answer if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.add.Tensor and self._sums_gradients(*args, **(kwargs or {})):
             return args[0].add_(args[1])
         result = _grouped_mm(*args) if func in _GROUPED_MM else func(*args, **(kwargs or {}))
+        if self.float32_products and func in _PRODUCTS and result.dtype in SIXTEEN_BIT:
+            first, second = args[-2:]
+            self.product(first.shape[0], first.shape[1], second.shape[1])
         kind = GRADIENTS if func is torch.ops.aten.embedding_dense_backward.default else self._kind
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -119,6 +125,21 @@ class MemoryTrace(TorchDispatchMode):
             self._peak_total = total
             self.peak = added(self.live, extra, {ALLOCATOR: self.retained})
             self._at_peak = set(self._known.values())
+
+    def product(self, rows: int, inner: int, columns: int) -> None:
+        """A product of 16-bit matrices, [rows, inner] and [inner, columns], in float32 slices."""
+        if not self.float32_products:
+            return
+        # As in fused/matmul16.py: the smaller operand as a whole, the other one and the result piece by piece.
+        short, long = sorted((rows, columns))
+        width = min(long, max(1, _PRODUCT_NUMEL // max(1, inner, short)))
+        self.touch(4 * short * inner, 4 * width * inner, 4 * width * short)
+
+    def touch(self, *pieces: int) -> None:
+        """Memory in pieces of so many bytes comes and goes within an operation."""
+        small = sum(piece for piece in pieces if piece < self._heap_below)
+        self.heap_high = max(self.heap_high, self.heap + small)
+        self.transient({self._kind: sum(pieces) - small})
 
     @property
     def retained(self) -> int:
@@ -176,6 +197,8 @@ def added(*parts: Bytes) -> Bytes:
     return {kind: num_bytes for kind, num_bytes in result.items() if num_bytes}
 
 
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_PRODUCT_NUMEL = 2**23  # as in fused/matmul16.py
 _GROUPED_MM = (torch.ops.aten._grouped_mm.default,)
 
 
