@@ -111,7 +111,7 @@ def _trace_backward(
             for number, start in enumerate(starts):
                 sums.accumulating = number < len(starts) - 1
                 inputs = _micro_batch(leaves, batch, start, size)
-                _backward_once(block, spec, inputs)
+                _backward_once(trace, block, spec, inputs)
                 _gather(input_grads, inputs, leaves, size >= batch)
                 del inputs
     finally:
@@ -145,14 +145,14 @@ class _GradientSums:
             self.trace.transient(self.update(param))
 
 
-def _backward_once(block: nn.Module, spec: Any, inputs: list[Any]) -> None:
+def _backward_once(trace: MemoryTrace, block: nn.Module, spec: Any, inputs: list[Any]) -> None:
     args, kwargs = pytree.tree_unflatten(inputs, spec)
     outputs = [
         leaf for leaf in pytree.tree_leaves(block(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad
     ]
     del args, kwargs
-    # the gradient of the output comes from outside, where it is counted
     grads = [_uncounted_like(output) for output in outputs]
+    trace.ignore(grads)  # they come from outside, where they are counted
     roots = tuple(outputs)
     del outputs
     torch.autograd.backward(roots, grads)

@@ -63,10 +63,11 @@ class HeadLoss(torch.autograd.Function):
 
 
 def _first_slices(num_tokens: int, vocab_size: int) -> list[tuple[int, int]]:
-    """(rows, columns) of two slices of the logits: with more it goes on like that."""
+    """(rows, columns) of the logits' slices in the order they are made, until they repeat."""
     width, height = slice_shape(num_tokens, vocab_size)
-    several = width < vocab_size or height < num_tokens
-    return [(height, width)] * (2 if several else 1)
+    rows = [min(height, num_tokens - start) for start in range(0, num_tokens, height)]
+    again = rows if width < vocab_size else []
+    return [(count, width) for count in [*rows, *again]]
 
 
 def slice_shape(num_tokens: int, vocab_size: int) -> tuple[int, int]:

@@ -85,13 +85,13 @@ class MemoryTrace(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and self._sums_gradients(*args, **(kwargs or {})):
             return args[0].add_(args[1])
         result = _grouped_mm(*args) if func in _GROUPED_MM else func(*args, **(kwargs or {}))
-        if self.float32_products and func in _PRODUCTS and result.dtype in SIXTEEN_BIT:
-            first, second = args[-2:]
-            self.product(first.shape[0], first.shape[1], second.shape[1])
         kind = GRADIENTS if func is torch.ops.aten.embedding_dense_backward.default else self._kind
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf.untyped_storage(), kind)
+        if self.float32_products and func in _PRODUCTS and result.dtype in SIXTEEN_BIT:
+            first, second = args[-2:]
+            self.product(first.shape[0], first.shape[1], second.shape[1])
         return result
 
     @contextmanager

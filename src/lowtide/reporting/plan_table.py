@@ -51,7 +51,7 @@ def _by_kind(plan: Plan, on_cpu: bool) -> Table:
 
 
 def _by_method(methods: Sequence[Method]) -> Table:
-    table = Table(title="Methods compared, GiB on the device (GiB in all for those that keep everything there)")
+    table = Table(title="Methods compared, GiB on the device, activations with checkpointing")
     table.title_justify = "left"
     table.add_column("method")
     for name in ("weights", "gradients", "optimizer state", "activations", "total"):
