@@ -104,7 +104,12 @@ def warm_up(options: argparse.Namespace) -> int:
 
     torch.set_num_threads(options.threads)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000, use_cache=False
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=1000,
+        use_cache=False,
     )
     model = LlamaForCausalLM(config).to(getattr(torch, options.dtype)).train()
     optimizer = lowtide.Lomo(model.parameters(), lr=1e-3)

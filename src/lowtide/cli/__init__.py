@@ -24,6 +24,11 @@ COMMANDS = {
         "changes the moment its gradient is known, and the gradient is dropped, so neither gradients nor (with lomo\n"
         "and adalomo) optimizer states fill the memory.",
     ),
+    "plan": (
+        "say whether a model fits, where its weights should live, and how long a step takes",
+        "Count what a training step takes in memory and on disk, choose where the weights live and how many sequences go\n"
+        "through a layer at once, and estimate the time of a step. Only the model's config is read, never its weights.",
+    ),
     "generate": (
         "let a model answer a prompt, or chat with it",
         "Generate text with a model, streamed to the terminal. Without --prompt and --chat the prompt is read from\n"
@@ -40,6 +45,7 @@ _EPILOG = """\
 examples:
   lowtide demo
   lowtide train --model ./my-model --data train.jsonl --output ./tuned --max-steps 200
+  lowtide plan --model ./my-model --max-seq-len 1024 --batch-size 8
   lowtide generate --model ./tuned/model --chat
 
 `lowtide COMMAND --help` explains a command and all of its settings."""

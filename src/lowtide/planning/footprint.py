@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .tracing import Bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -18,7 +22,7 @@ def num_parameters(config: PreTrainedConfig, *, trust_remote_code: bool = False)
     Raises:
         ValueError: transformers has no causal language model for this config, or it contradicts itself.
     """
-    return sum(param.numel() for param in _skeleton(config, torch.float32, trust_remote_code).parameters())
+    return sum(param.numel() for param in skeleton(config, torch.float32, trust_remote_code).parameters())
 
 
 def weights_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> int:
@@ -27,11 +31,15 @@ def weights_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_
     Raises:
         ValueError: transformers has no causal language model for this config, or it contradicts itself.
     """
-    skeleton = _skeleton(config, dtype, trust_remote_code)
-    return sum(param.numel() * param.element_size() for param in skeleton.parameters())
+    return sum_bytes(skeleton(config, dtype, trust_remote_code).parameters())
 
 
-def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model with this config on the meta device, in training mode.
+
+    Raises:
+        ValueError: transformers has no causal language model for this config, or it contradicts itself.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -39,4 +47,46 @@ def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: b
         model: nn.Module = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
         )
-    return model
+    return model.train()
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What is moved as one: a decoder layer, the input embedding, or the output head (both together where they are tied).
+
+    Attributes:
+        name: of its module in the model.
+        num_bytes: of its parameters.
+        num_parameters: elements of them.
+        is_layer: it is a decoder layer.
+    """
+
+    name: str
+    num_bytes: int
+    num_parameters: int
+    is_layer: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes by kind (``planning.KINDS``) in each place, at the moment when the device holds most.
+
+    Where the device is a CPU, its memory is the machine's: everything in memory stands under ``device``.
+    """
+
+    device: Bytes
+    host: Bytes
+    disk: Bytes
+
+    def totals(self) -> dict[str, int]:
+        """Bytes of each place."""
+        return {place: sum(getattr(self, place).values()) for place in ("device", "host", "disk")}
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def sum_bytes(params: Iterable[Tensor]) -> int:
+    """Bytes of several tensors; they may be on the meta device."""
+    return sum(param.numel() * param.element_size() for param in params)

@@ -1,0 +1,85 @@
+"""A stand-in for the head and its loss: it allocates what ``models/loss.py`` allocates, on the meta device, and computes nothing.
+
+The planner stands below the floor of the models and cannot import the loss; a test holds the two against each other.
+
+Shape letters: T = tokens that count, H = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..optim.base import SIXTEEN_BIT
+from .tracing import LOGITS, MemoryTrace
+
+# As in models/loss.py: float32 logits alive at a time, and the narrowest slice of the vocabulary.
+MAX_LOGITS = 2**22
+MIN_SLICE = 1024
+
+
+class HeadLoss(torch.autograd.Function):
+    """hidden [T, H], weight [V, H] -> a float32 number; slices and lifetimes are those of the real one.
+
+    In its loops a slice of logits lives until the next one has been made, and so does a slice of the weight's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, trace: MemoryTrace, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.trace = trace
+        highest, total, target = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
+        with trace.kind(LOGITS):
+            for height, width in _first_slices(hidden.shape[0], weight.shape[0]):
+                logits = _logits(ctx.trace, hidden, weight, height, width)
+            del logits
+        ctx.save_for_backward(hidden, weight, highest)
+        return (highest + total - target).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, _ = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[1:3]
+        grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        part = product = None
+        with ctx.trace.kind(LOGITS):
+            for height, width in _first_slices(hidden.shape[0], weight.shape[0]):
+                logits = _logits(ctx.trace, hidden, weight, height, width)
+                grad = logits.to(hidden.dtype)
+                if need_hidden:
+                    hidden.new_empty((height, hidden.shape[1]))
+                    if hidden.dtype in SIXTEEN_BIT:
+                        ctx.trace.product(height, width, hidden.shape[1])
+                if need_weight:
+                    product = hidden.new_empty((width, hidden.shape[1]))
+                    if hidden.dtype in SIXTEEN_BIT:
+                        ctx.trace.product(width, height, hidden.shape[1])
+                    # a sum over slices of the tokens is float32
+                    part = product if height == hidden.shape[0] else product.to(torch.float32)
+            del logits, grad, part, product
+        return None, None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
+
+
+def _first_slices(num_tokens: int, vocab_size: int) -> list[tuple[int, int]]:
+    """(rows, columns) of the logits' slices in the order they are made, until they repeat."""
+    width, height = slice_shape(num_tokens, vocab_size)
+    rows = [min(height, num_tokens - start) for start in range(0, num_tokens, height)]
+    again = rows if width < vocab_size else []
+    return [(count, width) for count in [*rows, *again]]
+
+
+def slice_shape(num_tokens: int, vocab_size: int) -> tuple[int, int]:
+    """(width, height) of the largest slice of logits: columns of the vocabulary, rows of tokens."""
+    width = min(vocab_size, max(MIN_SLICE, MAX_LOGITS // max(1, num_tokens)))
+    return width, max(1, min(num_tokens, MAX_LOGITS // width))
+
+
+def _logits(trace: MemoryTrace, hidden: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    """A slice of logits in float32, through the dtype of the hidden states."""
+    if weight.dtype != hidden.dtype:
+        weight = hidden.new_empty((width, hidden.shape[1]))
+    if hidden.dtype in SIXTEEN_BIT:
+        trace.product(height, hidden.shape[1], width)
+    return hidden.new_empty((height, width)).to(torch.float32)

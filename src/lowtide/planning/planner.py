@@ -1,0 +1,230 @@
+"""The planner: homes of the blocks, micro-batch and place of the block inputs, so that a step fits and is fast."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from ..units import format_bytes
+from .footprint import Footprint
+from .speeds import Speeds
+from .step_shape import StepShape
+from .timing import StepTime, step_time
+
+HOMES = ("device", "host", "disk")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bytes that may be used of each place; on a CPU only ``device`` and ``disk`` count. 0: not at all."""
+
+    device: int
+    host: int
+    disk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was chosen, and what it comes to.
+
+    Attributes:
+        homes: (name of the module, home) of embedding, decoder layers and head: device, host or disk.
+        micro_batch_size: samples that go through a block at a time.
+        block_inputs: where the inputs of the blocks are kept: device or host.
+        footprint: bytes by kind and place.
+        time: of a step.
+        limits: what it had to fit.
+        speeds: what the time was worked out from.
+        tokens: of a step.
+        copy_bytes: of the working copy on disk, which is written once before the first step.
+    """
+
+    homes: tuple[tuple[str, str], ...]
+    micro_batch_size: int
+    block_inputs: str
+    footprint: Footprint
+    time: StepTime
+    limits: Limits
+    speeds: Speeds
+    tokens: int
+    copy_bytes: int
+
+    def disk_bytes_written(self, num_steps: int) -> int:
+        """Bytes that a run writes to the disk: the wear of an SSD. Checkpoints are not counted."""
+        return self.copy_bytes + num_steps * self.time.disk_write_bytes
+
+    def count(self, home: str) -> int:
+        """Units that live there."""
+        return sum(where == home for _, where in self.homes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "homes": [list(pair) for pair in self.homes],
+            "micro_batch_size": self.micro_batch_size,
+            "block_inputs": self.block_inputs,
+            "footprint": self.footprint.to_dict(),
+            "totals": self.footprint.totals(),
+            "time": {**self.time.to_dict(), "tokens_per_s": self.tokens / self.time.step_s},
+            "limits": dataclasses.asdict(self.limits),
+            "speeds": {**dataclasses.asdict(self.speeds), "sources": dict(self.speeds.sources)},
+        }
+
+
+def make_plan(
+    shape: StepShape,
+    *,
+    limits: Limits,
+    speeds: Speeds,
+    weights: str = "auto",
+    micro_batch_size: int | None = None,
+    block_inputs: str | None = None,
+) -> Plan:
+    """The fastest plan that fits; of equally fast ones that which moves least and has the largest micro-batch.
+
+    Args:
+        shape: of the step.
+        limits: bytes of each place.
+        speeds: of the machine.
+        weights: auto, or one home for all blocks: device, host or disk.
+        micro_batch_size: None to choose.
+        block_inputs: device or host; None to choose.
+
+    Raises:
+        MemoryError: nothing fits; the message says what would.
+        ValueError: an argument is out of range.
+    """
+    if weights not in ("auto", *HOMES):
+        raise ValueError(f"weights must be one of auto, {', '.join(HOMES)}, got {weights!r}")
+    if micro_batch_size is not None and not 1 <= micro_batch_size <= shape.batch_size:
+        raise ValueError(f"micro_batch_size must lie between 1 and the batch size, got {micro_batch_size}")
+    search = _Search(shape, limits, weights)
+    sizes = micro_batches(shape.batch_size) if micro_batch_size is None else (micro_batch_size,)
+    places = ("device", "host") if shape.device != "cpu" else ("device",)
+    best: tuple[Any, Plan] | None = None
+    for size in sizes:
+        for inputs in (block_inputs,) if block_inputs else places:
+            for homes in search.candidates(size, inputs):
+                plan = _plan(shape, homes, size, inputs, limits, speeds)
+                # to the microsecond: what is equal but for rounding is equal
+                key = (round(plan.time.step_s, 6), len(homes) - plan.count("device"), inputs == "host", -size)
+                if best is None or key < best[0]:
+                    best = key, plan
+    if best is None:
+        raise MemoryError(_nothing_fits(shape, limits, weights, sizes[-1], places[-1]))
+    return best[1]
+
+
+def micro_batches(batch_size: int) -> tuple[int, ...]:
+    """Sizes worth trying: the whole batch, then powers of two down to 1."""
+    powers = [2**exponent for exponent in range(batch_size.bit_length()) if 2**exponent < batch_size]
+    return (batch_size, *reversed(powers))
+
+
+class _Search:
+    """Homes that fit: as many decoder layers on the device as there is room for, the others in host memory or on disk."""
+
+    def __init__(self, shape: StepShape, limits: Limits, weights: str) -> None:
+        self.shape, self.limits, self.weights = shape, limits, weights
+        self.layers = [unit.name for unit in shape.units if unit.is_layer]
+        self.ends = [unit.name for unit in shape.units if not unit.is_layer]
+
+    def candidates(self, size: int, inputs: str) -> Iterator[dict[str, str]]:
+        """Homes by name, each of which fits."""
+        if self.weights != "auto":
+            homes = self._homes(0, 0, self.weights, self.weights, self.weights)
+            if self.fits(homes, size, inputs):
+                yield homes
+            return
+        count = len(self.layers)
+        everything = self._homes(count, 0, "device", "device", "device")
+        if self.fits(everything, size, inputs):
+            yield everything
+            return
+        for outer in ("host", "disk") if self.shape.device != "cpu" else ("disk",):
+            for ends in ("device", outer):
+                on_device = self._most(count, lambda k, o=outer, e=ends: self._homes(k, 0, o, o, e), size, inputs)
+                if on_device is not None:
+                    yield self._homes(on_device, 0, outer, outer, ends)
+        yield from self._three_homes(size, inputs)
+
+    def _three_homes(self, size: int, inputs: str) -> Iterator[dict[str, str]]:
+        """Host memory is too small for the rest: what does not fit there goes to the disk."""
+        if self.shape.device == "cpu":
+            return
+        count = len(self.layers)
+        in_host = self._most(count, lambda k: self._homes(0, k, "host", "disk", "disk"), size, inputs)
+        if in_host:
+            most = self._most(count - in_host, lambda k: self._homes(k, in_host, "host", "disk", "disk"), size, inputs)
+            yield self._homes(most or 0, in_host, "host", "disk", "disk")
+
+    def _homes(self, on_device: int, then: int, second: str, third: str, ends: str) -> dict[str, str]:
+        """The first layers on the device, so many more in the second home, the others in the third."""
+        homes = dict.fromkeys(self.ends, ends)
+        for number, name in enumerate(self.layers):
+            homes[name] = "device" if number < on_device else second if number < on_device + then else third
+        return {unit.name: homes[unit.name] for unit in self.shape.units}
+
+    def _most(self, count: int, homes_with: Any, size: int, inputs: str) -> int | None:
+        """The largest number that fits; the memory grows with it. None if not even 0 does."""
+        if not self.fits(homes_with(0), size, inputs):
+            return None
+        low, high = 0, count
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.fits(homes_with(middle), size, inputs):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def fits(self, homes: dict[str, str], size: int, inputs: str) -> bool:
+        """Whether the limits are kept."""
+        used = self.shape.footprint(homes, micro_batch_size=size, block_inputs=inputs).totals()
+        return all(used[place] <= getattr(self.limits, place) for place in HOMES)
+
+
+def _plan(shape: StepShape, homes: dict[str, str], size: int, inputs: str, limits: Limits, speeds: Speeds) -> Plan:
+    footprint = shape.footprint(homes, micro_batch_size=size, block_inputs=inputs)
+    return Plan(
+        homes=tuple(homes.items()),
+        micro_batch_size=size,
+        block_inputs=inputs,
+        footprint=footprint,
+        time=step_time(shape, homes, inputs, speeds),
+        limits=limits,
+        speeds=speeds,
+        tokens=shape.batch_size * shape.seq_len,
+        copy_bytes=sum(footprint.disk.values()),
+    )
+
+
+def _nothing_fits(shape: StepShape, limits: Limits, weights: str, size: int, inputs: str) -> str:
+    home = weights if weights != "auto" else "disk"
+    used = shape.footprint(home, micro_batch_size=size, block_inputs=inputs).totals()
+    names = {"device": "memory" if shape.device == "cpu" else "device memory", "host": "host memory", "disk": "disk"}
+    short = [
+        f"{format_bytes(used[place])} of {names[place]} where {format_bytes(getattr(limits, place))} may be used"
+        for place in HOMES
+        if used[place] > getattr(limits, place)
+    ]
+    what = "even with all weights on disk" if weights == "auto" else f"with weights on {weights}"
+    smaller = _smaller_that_fits(shape, limits, home, inputs) or "a smaller model"
+    hint = f"this would fit: {smaller}"
+    if weights == "auto" and limits.disk < shape.weights_bytes:
+        hint = f"allow {format_bytes(used['disk'])} of disk, or " + smaller
+    return f"no plan fits: {what} and micro-batches of {size}, a step takes {' and '.join(short)}; {hint}"
+
+
+def _smaller_that_fits(shape: StepShape, limits: Limits, home: str, inputs: str) -> str | None:
+    """A smaller batch, else shorter sequences, else both."""
+    sizes: list[tuple[int, int]] = [(batch, shape.seq_len) for batch in micro_batches(shape.batch_size)[1:]]
+    lengths = [shape.seq_len >> shift for shift in range(1, 12) if shape.seq_len >> shift >= 16]
+    for batch, length in [*sizes, *((1, length) for length in lengths)]:
+        smaller = shape.resized(batch_size=batch, seq_len=length)
+        used = smaller.footprint(home, micro_batch_size=1, block_inputs=inputs).totals()
+        if all(used[place] <= getattr(limits, place) for place in HOMES):
+            shorter = "" if length == shape.seq_len else f" and sequences of {length}"
+            return f"batches of {batch}{shorter}"
+    return None
