@@ -11,7 +11,7 @@ from ..units import format_bytes, format_count, format_duration
 from .arguments import add_dataclass_arguments, build_from_arguments
 
 if TYPE_CHECKING:
-    from ..training import Event, TrainResult
+    from ..training import DryRun, Event, TrainResult
 
 _EPILOG = """\
 example:
@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train nothing; try learning rates on this model and data with these settings, recommend one, and write the "
         "curve beside the output directory (OUTPUT.find-lr.png and .json)",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing; take two real steps with these settings, and show the memory that they took beside what the "
+        "planner said. Nothing is kept",
+    )
     parser.usage = "%(prog)s --model NAME --data FILE [FILE ...] --output DIR [--config FILE] [settings]"
     parser.epilog = _EPILOG
 
@@ -51,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     from .quiet import quiet_libraries
 
     quiet_libraries()
+    if args.dry_run:
+        from ..training import dry_run
+
+        print(describe_dry_run(dry_run(config)), flush=True)
+        return 0
     if args.find_lr:
         from .find_lr import run_find_lr
 
@@ -79,9 +90,29 @@ def describe_plan(config: TrainConfig, event: Event) -> str:
             f"{how}.",
             f"Data: {_count(event['data_num_records'], 'record')}, {format_count(event['data_num_tokens'])} tokens"
             f"{_losses(event)}.",
+            *_describe_homes(event),
             f"Optimizer: {config.optimizer}, learning rate up to {event['lr']:g}, {config.schedule} schedule.",
         )
     )
+
+
+def describe_dry_run(found: DryRun) -> str:
+    """A table of predicted beside measured memory, and the time of a step."""
+    width = max(map(len, found.measured))
+    lines = [f"{'':{width}}  {'predicted':>10}  {'measured':>10}"]
+    for kind, measured in found.measured.items():
+        lines.append(f"{kind:{width}}  {format_bytes(found.predicted[kind]):>10}  {format_bytes(measured):>10}")
+    difference = found.predicted_peak / found.measured_peak - 1 if found.measured_peak else 0.0
+    total = f"{format_bytes(found.predicted_peak):>10}  {format_bytes(found.measured_peak):>10}"
+    lines.append(f"{'peak':{width}}  {total}  ({difference:+.1%})")
+    if found.baseline:
+        lines.append(f"The program itself takes {format_bytes(found.baseline)} more.")
+    expected = "" if found.predicted_step_s is None else f", predicted {format_duration(found.predicted_step_s)}"
+    homes = ", ".join(
+        f"{count} on {home}" if home != "host" else f"{count} in host memory" for home, count in found.homes.items()
+    )
+    lines.append(f"A step took {format_duration(found.step_s)}{expected}. Blocks: {homes}.")
+    return "\n".join(lines)
 
 
 def describe_result(result: TrainResult) -> str:
@@ -105,6 +136,22 @@ def describe_result(result: TrainResult) -> str:
     lines.append(f"The model is in {result.model_dir}. Next:")
     lines.append(f"  lowtide generate --model {shlex.quote(str(result.model_dir))} --prompt 'Hello'")
     return "\n".join(lines)
+
+
+def _describe_homes(event: Event) -> list[str]:
+    """Where the planner put the weights, if it was asked."""
+    plan = event.get("plan")
+    if plan is None:
+        return []
+    counts: dict[str, int] = {}
+    for _, home in plan["homes"]:
+        counts[home] = counts.get(home, 0) + 1
+    homes = ", ".join(f"{count} on {'the ' if home == 'device' else ''}{home}" for home, count in counts.items())
+    time = plan["time"]
+    return [
+        f"Plan: blocks {homes}; {plan['micro_batch_size']} sequences at a time; {format_bytes(plan['totals']['device'])} of memory; "
+        f"about {format_duration(time['step_s'])} a step, bound by {time['bottleneck']}."
+    ]
 
 
 def _count(number: int, noun: str) -> str:

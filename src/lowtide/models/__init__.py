@@ -2,7 +2,7 @@
 
 from .blocks import find_blocks, resolve_blocks
 from .chunked_loss import ChunkedLoss, causal_lm_loss
-from .hub import load_model, load_tokenizer, parse_dtype, save_model
+from .hub import load_config, load_model, load_tokenizer, parse_dtype, save_model
 from .loss import linear_cross_entropy
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "causal_lm_loss",
     "find_blocks",
     "linear_cross_entropy",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "parse_dtype",

@@ -21,7 +21,7 @@ from .saving import save_model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "load_tokenizer", "parse_dtype", "save_model"]
+__all__ = ["load_config", "load_model", "load_tokenizer", "parse_dtype", "save_model"]
 
 _logger = get_logger(__name__)
 
@@ -94,6 +94,24 @@ def load_model(
         model, info = _load_weights(name, source, config, dtype, device, trust_remote_code)
     _check_complete(name, info)
     return model
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model, without a look at its weights.
+
+    Args:
+        name: as for :func:`load_model`, or a config.json.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        FileNotFoundError, ConnectionError, ValueError: as for :func:`load_model`.
+    """
+    name = os.fspath(name)
+    if _is_gguf(name):
+        return gguf_config(open_gguf(name))
+    path = Path(name).expanduser()
+    source = path if path.suffix == ".json" and path.is_file() else _source(name)
+    return _load_config(name, source, trust_remote_code)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ from .events import Event, EventLog, Listener, read_events
 from .schedule import make_schedule
 
 if TYPE_CHECKING:
+    from .measured import DryRun, dry_run
     from .progress import ConsoleProgress
     from .range_test import LrFinding, find_lr
     from .setup import resolve_device
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 _LATER = {
     "ConsoleProgress": "progress",
+    "DryRun": "measured",
     "LrFinding": "range_test",
     "TrainResult": "trainer",
+    "dry_run": "measured",
     "find_lr": "range_test",
     "resolve_device": "setup",
     "train": "trainer",
@@ -29,12 +32,14 @@ _LATER = {
 
 __all__ = [
     "ConsoleProgress",
+    "DryRun",
     "Event",
     "EventLog",
     "Listener",
     "LrFinding",
     "TrainConfig",
     "TrainResult",
+    "dry_run",
     "find_lr",
     "make_schedule",
     "read_events",

@@ -137,9 +137,9 @@ class TrainConfig:
     weights: str = _option(
         MEMORY,
         "where the weights live: device; cpu, host memory, from which they visit the GPU layer by layer; or a new or empty directory "
-        "for a working copy on disk, from which they visit whatever computes",
+        "for a working copy on disk, from which they visit whatever computes; auto asks the planner (see lowtide plan)",
         default="device",
-        metavar="device|cpu|DIR",
+        metavar="device|cpu|auto|DIR",
     )
     micro_batch_size: int | None = _option(
         MEMORY,
@@ -256,10 +256,10 @@ def _check_choices(config: TrainConfig) -> None:
             nearest = difflib.get_close_matches(str(value), words, n=1)
             hint = f" (did you mean {nearest[0]}?)" if nearest else ""
             raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}{hint}")
-    places = ("device", "cpu")
+    places = ("device", "cpu", "auto")
     if config.weights not in places and os.sep not in config.weights and not os.path.isdir(config.weights):
         raise ValueError(
-            f"weights must be device, cpu, or a directory with a separator in its name, as ./{config.weights or 'NAME'}, got "
+            f"weights must be device, cpu, auto, or a directory with a separator in its name, as ./{config.weights or 'NAME'}, got "
             f"{config.weights!r}"
         )
     kind, _, index = config.device.partition(":")

@@ -31,6 +31,7 @@ from ..planning import computes_bfloat16
 from .config import TrainConfig
 from .events import EventLog, Listener
 from .interrupt import StopAfterStep
+from .planned import Placement, place_as_set, plan_placement
 from .progress import ConsoleProgress
 from .report import Reporter, peak_memory_bytes
 from .schedule import make_schedule
@@ -145,13 +146,12 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
     records, held_out = read_data(config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     data = encode_data(config, records, held_out, tokenizer)
+    placement = plan_placement(config, device, output) if config.weights == "auto" else place_as_set(config)
     dtype, trusted = parse_dtype(config.dtype), config.trust_remote_code
     if model is None:
-        streamed = config.weights != "device"
-        where = "cpu" if streamed else device
-        model = load_model(config.model, dtype=dtype, device=where, trust_remote_code=trusted, lazy=streamed)
-    on_disk = None if config.weights in ("device", "cpu") else Path(config.weights).expanduser()
-    check_disk(output, model, on_disk)
+        where = "cpu" if placement.streamed else device
+        model = load_model(config.model, dtype=dtype, device=where, trust_remote_code=trusted, lazy=placement.streamed)
+    check_disk(output, model, placement.directory)
     if dtype == torch.bfloat16 and not computes_bfloat16(device):
         _logger.warning(
             "this processor has no instructions for bfloat16, and steps take many times as long as in float32: use dtype float32 "
@@ -162,14 +162,15 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
     engine = fuse(
         model,
         optimizer,
-        micro_batch_size=config.micro_batch_size,
+        micro_batch_size=placement.micro_batch_size,
         clip_grad_norm=config.effective_clip_grad_norm,
         clip_grad_value=config.clip_grad_value,
         clip=config.clip,
         clip_warmup_steps=config.clip_warmup_steps,
-        clip_memory_bytes=config.clip_memory_bytes,
-        weights=on_disk or config.weights,
-        device=None if config.weights == "device" else device,
+        clip_memory_bytes=placement.clip_memory_bytes,
+        weights=placement.weights,
+        device=device if placement.streamed else None,
+        block_inputs=placement.block_inputs,
     )
     num_steps = count_steps(config, len(data.train))
     schedule = make_schedule(config.schedule, num_steps, config.warmup_ratio)
@@ -178,6 +179,7 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
         model=model,
         tokenizer=tokenizer,
         data=data,
+        placement=placement,
         device=device,
         optimizer=optimizer,
         engine=engine,
@@ -196,6 +198,7 @@ class _Run:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: TrainData
+    placement: Placement
     device: str
     optimizer: Optimizer
     engine: Engine
@@ -273,6 +276,7 @@ def _facts(run: _Run) -> dict[str, Any]:
         "steps_per_epoch": len(run.data.train),
         "lr": run.config.effective_lr,
         "device": run.device,
+        "plan": None if run.placement.plan is None else run.placement.plan.to_dict(),
         **{f"data_{name}": value for name, value in dataclasses.asdict(stats).items()},
     }
 

@@ -1,0 +1,205 @@
+"""``--dry-run``: a few real steps, and what they took beside what the planner said, kind by kind. Nothing is kept.
+
+On a CPU the peak is the resident set above what the process held with everything imported and a tiny model trained; on a GPU what
+torch allocated. Weights, pools, optimizer state, gradients and block inputs are counted from the objects themselves; the rest is
+what the peak leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..fused.slot import Slot
+from ..fusing import Engine, fuse
+from ..optim import Lomo
+from ..planning import Footprint, peak_resident_bytes, resident_bytes
+from .config import TrainConfig
+from .planned import predicted
+from .setup import resolve_device, without_cache
+from .trainer import prepare
+
+WEIGHTS, POOLS, STATE, GRADIENTS, KEPT, REST = (
+    "weights", "pools", "optimizer state", "gradients", "kept block inputs", "one block's work, logits, temporaries, allocator",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """What a dry run found; all in bytes.
+
+    Attributes:
+        predicted, measured: by kind, on the device (on a CPU, in memory).
+        predicted_peak, measured_peak: their sums; measured above the baseline.
+        baseline: the process with everything imported; 0 on a GPU.
+        losses: of the steps.
+        step_s: seconds of the last step.
+        predicted_step_s: what the planner expects, if it was asked.
+        homes: number of blocks by home.
+    """
+
+    predicted: dict[str, int]
+    measured: dict[str, int]
+    predicted_peak: int
+    measured_peak: int
+    baseline: int
+    losses: list[float]
+    step_s: float
+    predicted_step_s: float | None
+    homes: dict[str, int]
+
+
+def dry_run(config: TrainConfig, num_steps: int = 2) -> DryRun:
+    """Prepare a run as ``train`` does, take steps on its largest batch, and measure. Writes only a working copy, and removes it.
+
+    Args:
+        config: the settings.
+        num_steps: at least 1; the optimizer state is complete after the first.
+
+    Raises:
+        What ``train`` raises before its first step.
+    """
+    import time
+
+    config.validate()
+    device = resolve_device(config.device)
+    with tempfile.TemporaryDirectory(dir=_existing(Path(config.output)), prefix=".lowtide-dry-run-") as folder:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        _warm_up(device)
+        baseline = _begin(device)
+        run = prepare(config, Path(folder))
+        engine, losses, seconds = run.engine, [], 0.0
+        batch = max((batch for _, batch in run.batches()), key=lambda each: each["input_ids"].numel())
+        try:
+            with without_cache(run.model), _watching(engine) as watched:
+                for _ in range(num_steps):
+                    start = time.perf_counter()
+                    loss = run.model(**batch).loss
+                    engine.backward(loss)
+                    run.optimizer.step()
+                    losses.append(loss.item())
+                    seconds = time.perf_counter() - start
+                peak = _peak(device) - baseline
+            found = predicted(config, device, run.placement)
+            measured, homes = _counted(engine, run.optimizer, watched), _homes(engine)
+        finally:
+            engine.remove()
+            engine.home.discard()
+    measured[REST] = max(0, peak - sum(measured.values()))
+    plan = run.placement.plan
+    return DryRun(
+        predicted=_by_kind(found),
+        measured=measured,
+        predicted_peak=found.totals()["device"],
+        measured_peak=peak,
+        baseline=baseline,
+        losses=losses,
+        step_s=seconds,
+        predicted_step_s=None if plan is None else plan.time.step_s,
+        homes=homes,
+    )
+
+
+def _by_kind(footprint: Footprint) -> dict[str, int]:
+    kinds = {WEIGHTS, POOLS, STATE, GRADIENTS, KEPT}
+    found = {kind: footprint.device.get(kind, 0) for kind in (WEIGHTS, POOLS, STATE, GRADIENTS, KEPT)}
+    found[REST] = sum(value for kind, value in footprint.device.items() if kind not in kinds)
+    return found
+
+
+def _counted(engine: Engine, optimizer: torch.optim.Optimizer, watched: dict[str, int]) -> dict[str, int]:
+    params = {id(param): param for param in engine.model.parameters()}.values()
+    here = sum(param.untyped_storage().nbytes() for param in params)  # a stand-in has one element
+    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    pools = sum(slot.buffer.numel() for home in engine.home.streamed for slot in home._slots)
+    return {
+        WEIGHTS: here,
+        POOLS: pools,
+        STATE: sum(value.numel() * value.element_size() for value in states),
+        GRADIENTS: watched[GRADIENTS],
+        KEPT: watched[KEPT],
+    }
+
+
+@contextmanager
+def _watching(engine: Engine) -> Iterator[dict[str, int]]:
+    """Counts the most bytes of gradients alive in a hook, and those of block inputs that are kept in a forward pass."""
+    most = {GRADIENTS: 0, KEPT: 0}
+    kept: dict[int, int] = {}
+    original = Slot.on_grad
+
+    def on_grad(slot: Slot, param: Tensor) -> None:
+        totals = sum(each.total.nbytes for each in engine._slots.values() if each.total is not None)
+        most[GRADIENTS] = max(most[GRADIENTS], totals + (0 if param.grad is None else param.grad.nbytes))
+        original(slot, param)
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    kept[id(module)] = value.nbytes
+            most[KEPT] = max(most[KEPT], sum(kept.values()))
+
+    handles = [runner.block.register_forward_pre_hook(before, with_kwargs=True) for runner in engine._runners]
+    for slot in engine._slots.values():
+        slot.detach()
+        slot.handle = slot.param.register_post_accumulate_grad_hook(lambda param, slot=slot: on_grad(slot, param))
+    try:
+        yield most
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _homes(engine: Engine) -> dict[str, int]:
+    streamed = {home.store.kind: len(home.layouts) for home in engine.home.streamed}
+    moving = {member for home in engine.home.streamed for member in home.members}
+    rest = sum(runner.block not in moving for runner in engine._runners)
+    return {"device": rest, **streamed} if rest > 0 else streamed
+
+
+def _warm_up(device: str) -> None:
+    """Load what is loaded on first use, so that it counts as the baseline."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, use_cache=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng([]):
+        model: Any = LlamaForCausalLM(config)
+        model.to(device).train()
+        optimizer = Lomo(model.parameters(), lr=1e-3)
+        engine = fuse(model, optimizer)
+        ids = torch.randint(3, 64, (2, 8)).to(device)
+        engine.backward(model(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        engine.remove()
+
+
+def _begin(device: str) -> int:
+    """Measure the peak from here on; returns what is held already."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    except OSError:
+        return peak_resident_bytes()
+    return resident_bytes()
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_resident_bytes()
+
+
+def _existing(output: Path) -> Path:
+    return next(folder for folder in output.expanduser().absolute().parents if folder.exists())

@@ -1,0 +1,121 @@
+"""What the planner decides for a run: homes of the weights, micro-batch, and whether spare memory makes clipping cheaper."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..models import find_blocks, load_config, parse_dtype
+from ..planning import Footprint, Limits, Plan, StepShape, available_host_bytes, device_available_bytes, find_speeds
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Of the memory that is free now: what else the machine does, and what a prediction may be off by.
+_USABLE = 0.9
+# Of what a plan leaves free, for gradients that exact clipping keeps between its passes.
+_FOR_CLIPPING = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How ``fuse`` is called.
+
+    Attributes:
+        weights: its argument.
+        micro_batch_size: its argument.
+        block_inputs: its argument.
+        clip_memory_bytes: its argument.
+        directory: of the working copy, if there is one.
+        plan: what the planner said; None if the settings name the home.
+    """
+
+    weights: Any
+    micro_batch_size: int | None
+    block_inputs: str
+    clip_memory_bytes: int
+    directory: Path | None
+    plan: Plan | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """Some weights live elsewhere, so that they must not be loaded as a whole."""
+        return self.weights != "device"
+
+
+def place_as_set(config: TrainConfig) -> Placement:
+    """The home that the settings name."""
+    directory = None if config.weights in ("device", "cpu") else Path(config.weights).expanduser()
+    weights = directory or config.weights
+    return Placement(weights, config.micro_batch_size, "device", config.clip_memory_bytes, directory)
+
+
+def step_shape(config: TrainConfig, device: str, model_config: PreTrainedConfig | None = None) -> StepShape:
+    """The largest step of a run, for the planner."""
+    exact = config.effective_clip_grad_norm is not None and config.clip == "exact"
+    return StepShape(
+        model_config or load_config(config.model, trust_remote_code=config.trust_remote_code),
+        find_blocks=find_blocks,
+        dtype=parse_dtype(config.dtype),
+        batch_size=config.batch_size,
+        seq_len=config.max_seq_len,
+        optimizer=config.optimizer,
+        rounding=config.rounding,
+        exact_clipping=exact or config.clip == "adaptive",  # whose first steps are exact
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def plan_placement(config: TrainConfig, device: str, output: Path) -> Placement:
+    """The fastest plan that fits in what is free now. A working copy would be made in the output directory.
+
+    Raises:
+        MemoryError: nothing fits; the message says what would.
+        ValueError, FileNotFoundError, ConnectionError: there is no such model.
+    """
+    shape = step_shape(config, device)
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    limits = Limits(
+        device=int(_USABLE * device_available_bytes(device)),
+        host=int(_USABLE * available_host_bytes()),
+        disk=max(0, int(_USABLE * shutil.disk_usage(existing).free) - shape.weights_bytes),  # the trained model, too
+    )
+    plan = find_plan(shape, config, limits, device, existing)
+    directory = output / "weights"
+    homes = {name: {"device": "device", "host": "cpu", "disk": os.fspath(directory)}[home] for name, home in plan.homes}
+    moves = set(homes.values()) != {"device"}
+    micro = plan.micro_batch_size if plan.micro_batch_size < config.batch_size else None
+    clip_memory = config.clip_memory_bytes
+    if shape.exact_clipping and config.clip == "exact" and not clip_memory:
+        clip_memory = max(0, int(_FOR_CLIPPING * (limits.device - plan.footprint.totals()["device"])))
+    return Placement(
+        weights=homes if moves else "device",
+        micro_batch_size=micro,
+        block_inputs="cpu" if plan.block_inputs == "host" else "device",
+        clip_memory_bytes=clip_memory,
+        directory=directory
+        if directory.as_posix() in homes.values() or os.fspath(directory) in homes.values()
+        else None,
+        plan=plan,
+    )
+
+
+def find_plan(shape: StepShape, config: TrainConfig, limits: Limits, device: str, folder: Path) -> Plan:
+    """The plan alone; speeds are measured in a second or two."""
+    from ..planning import make_plan
+
+    speeds = find_speeds(dtype=shape.dtype, device=device, directory=folder)
+    return make_plan(shape, limits=limits, speeds=speeds, micro_batch_size=config.micro_batch_size)
+
+
+def predicted(config: TrainConfig, device: str, placement: Placement) -> Footprint:
+    """What the planner says of a placement, chosen by it or not."""
+    if placement.plan is not None:
+        return placement.plan.footprint
+    home = "disk" if placement.directory is not None else {"cpu": "host"}.get(config.weights, config.weights)
+    return step_shape(config, device).footprint(home, micro_batch_size=placement.micro_batch_size)

@@ -1,0 +1,107 @@
+"""``weights: auto`` and ``--dry-run``: the planner decides, and what it says is held against what is measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lowtide import planning
+from lowtide.training import dry_run, planned, train
+from lowtide.training.events import read_events
+from tiny_files import save_tiny_model
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with as much memory as a test wants."""
+
+    def with_memory(num_bytes, disk=10**9):
+        monkeypatch.setattr(planned, "device_available_bytes", lambda device: num_bytes)
+        monkeypatch.setattr(planned, "available_host_bytes", lambda: num_bytes)
+        usage = planned.shutil.disk_usage("/")
+        monkeypatch.setattr(planned.shutil, "disk_usage", lambda path: usage._replace(free=disk))
+
+    speeds = planning.Speeds(1e11, 1e10, 1e10, 1e9, 1e9, dict.fromkeys(("flops",), "given"))
+    monkeypatch.setattr(planned, "find_speeds", lambda **options: speeds)
+    return with_memory
+
+
+def smallest(config, home):
+    """Bytes that a step takes at least with all weights there."""
+    shape = planned.step_shape(config, "cpu")
+    return shape.footprint(home, micro_batch_size=1).totals()["device"]
+
+
+def run(config):
+    return train(config, show_progress=False)
+
+
+def test_what_fits_stays_in_memory(make_config, machine, tmp_path):
+    config = make_config(weights="auto")
+    machine(10**9)
+    placement = planned.plan_placement(config, "cpu", tmp_path / "out")
+    assert placement.weights == "device" and placement.directory is None and placement.micro_batch_size is None
+    run(config)
+
+
+def test_what_does_not_fit_goes_to_the_disk(make_config, machine, tmp_path, monkeypatch):
+    model = str(save_tiny_model(tmp_path / "deep", num_hidden_layers=12, hidden_size=64, intermediate_size=256))
+    config = make_config(model=model, weights="auto", output=str(tmp_path / "auto"), max_steps=2)
+    monkeypatch.setattr(planned, "_USABLE", 1.0)
+    on_device, on_disk = smallest(config, "device"), smallest(config, "disk")
+    assert on_disk < 0.9 * on_device
+    machine((on_device + on_disk) // 2)
+    result = run(config)
+    plan = read_events(result.output / "metrics.jsonl")[0]["plan"]
+    assert {home for _, home in plan["homes"]} >= {"disk"}
+    assert not (result.output / "weights").exists()
+    machine(10**9)
+    other = run(
+        make_config(model=model, output=str(tmp_path / "here"), max_steps=2, micro_batch_size=plan["micro_batch_size"])
+    )
+    assert other.loss_after.loss == pytest.approx(result.loss_after.loss, rel=1e-5)  # evaluated in other batches
+
+
+def test_nothing_fits(make_config, machine, tmp_path):
+    machine(1000)
+    with pytest.raises(MemoryError, match=r"no plan fits: .* this would fit"):
+        run(make_config(weights="auto"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_spare_memory_makes_clipping_cheaper(make_config, machine, tmp_path):
+    machine(10**9)
+    config = make_config(weights="auto", clip_grad_norm=1.0)
+    assert planned.plan_placement(config, "cpu", tmp_path / "out").clip_memory_bytes > 10**8
+    assert planned.plan_placement(make_config(weights="auto"), "cpu", tmp_path / "out").clip_memory_bytes == 0
+    given = make_config(weights="auto", clip_grad_norm=1.0, clip_memory="1MiB")
+    assert planned.plan_placement(given, "cpu", tmp_path / "out").clip_memory_bytes == 2**20
+
+
+@pytest.mark.parametrize("where", ["device", "disk"])
+def test_a_dry_run_measures_and_leaves_nothing(make_config, tmp_path, where):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    weights = "device" if where == "device" else str(tmp_path / "weights")
+    config = make_config(weights=weights, optimizer="adamw", lr=1e-3)
+    tied = json.loads((Path(config.model) / "config.json").read_text())["tie_word_embeddings"]
+    found = dry_run(config)
+    assert len(found.losses) == 2 and found.losses[1] < found.losses[0] and found.step_s > 0
+    assert found.measured.keys() == found.predicted.keys()
+    # These are counted on both sides: the planner must know them to the byte, or nearly.
+    for kind in ("weights", "pools", "optimizer state"):
+        assert found.measured[kind] == pytest.approx(found.predicted[kind], rel=0.05, abs=5000), kind
+    assert found.measured["kept block inputs"] > 0 and found.measured["gradients"] > 0
+    assert found.homes == ({"device": 2} if where == "device" else {"disk": 2 + (1 if tied else 2)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*before, "task.jsonl"})
+
+
+def test_the_command_shows_the_table(make_config, tmp_path, capsys):
+    from lowtide.cli import main
+
+    config = make_config()
+    arguments = ["train", "--model", config.model, "--data", *config.data, "--output", config.output]
+    arguments += ["--dtype", "float32", "--max-seq-len", "32", "--max-steps", "3", "--dry-run", "--device", "cpu"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "predicted" in shown and "kept block inputs" in shown and "A step took" in shown
+    assert not (tmp_path / "out").exists()
