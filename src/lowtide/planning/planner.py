@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..units import format_bytes
@@ -112,7 +112,7 @@ def make_plan(
                 if best is None or key < best[0]:
                     best = key, plan
     if best is None:
-        raise MemoryError(_nothing_fits(shape, limits, weights, sizes[-1], places[-1]))
+        raise MemoryError(_nothing_fits(shape, limits, weights, sizes[-1], (block_inputs,) if block_inputs else places))
     return best[1]
 
 
@@ -182,7 +182,7 @@ class _Search:
     def fits(self, homes: dict[str, str], size: int, inputs: str) -> bool:
         """Whether the limits are kept."""
         used = self.shape.footprint(homes, micro_batch_size=size, block_inputs=inputs).totals()
-        return all(used[place] <= getattr(self.limits, place) for place in HOMES)
+        return _fits(used, self.limits)
 
 
 def _plan(shape: StepShape, homes: dict[str, str], size: int, inputs: str, limits: Limits, speeds: Speeds) -> Plan:
@@ -200,9 +200,11 @@ def _plan(shape: StepShape, homes: dict[str, str], size: int, inputs: str, limit
     )
 
 
-def _nothing_fits(shape: StepShape, limits: Limits, weights: str, size: int, inputs: str) -> str:
+def _nothing_fits(shape: StepShape, limits: Limits, weights: str, size: int, places: Sequence[str]) -> str:
     home = weights if weights != "auto" else "disk"
-    used = shape.footprint(home, micro_batch_size=size, block_inputs=inputs).totals()
+    totals = {place: shape.footprint(home, micro_batch_size=size, block_inputs=place).totals() for place in places}
+    inputs = min(places, key=lambda place: _excess(totals[place], limits))
+    used = totals[inputs]
     names = {"device": "memory" if shape.device == "cpu" else "device memory", "host": "host memory", "disk": "disk"}
     short = [
         f"{format_bytes(used[place])} of {names[place]} where {format_bytes(getattr(limits, place))} may be used"
@@ -210,11 +212,27 @@ def _nothing_fits(shape: StepShape, limits: Limits, weights: str, size: int, inp
         if used[place] > getattr(limits, place)
     ]
     what = "even with all weights on disk" if weights == "auto" else f"with weights on {weights}"
-    smaller = _smaller_that_fits(shape, limits, home, inputs) or "a smaller model"
-    hint = f"this would fit: {smaller}"
-    if weights == "auto" and limits.disk < shape.weights_bytes:
-        hint = f"allow {format_bytes(used['disk'])} of disk, or " + smaller
-    return f"no plan fits: {what} and micro-batches of {size}, a step takes {' and '.join(short)}; {hint}"
+    options = []
+    without = dataclasses.replace(limits, disk=max(limits.disk, used["disk"]))  # as if there were disk enough
+    if short and _fits(used, without):
+        options.append(f"allow {format_bytes(used['disk'])} of disk")
+    streams = weights != "auto" or limits.disk > 0
+    if (smaller := _smaller_that_fits(shape, limits, home if streams else "device", inputs)) is not None:
+        options.append(smaller)
+    elif not streams and (smaller := _smaller_that_fits(shape, without, home, inputs)) is not None:
+        options.append(f"{smaller} with {format_bytes(used['disk'])} of disk")
+    hint = " or ".join(options) or "only a smaller model"
+    return (
+        f"no plan fits: {what} and micro-batches of {size}, a step takes {' and '.join(short)}; this would fit: {hint}"
+    )
+
+
+def _excess(used: dict[str, int], limits: Limits) -> int:
+    return sum(max(0, used[place] - getattr(limits, place)) for place in HOMES)
+
+
+def _fits(used: dict[str, int], limits: Limits) -> bool:
+    return all(used[place] <= getattr(limits, place) for place in HOMES)
 
 
 def _smaller_that_fits(shape: StepShape, limits: Limits, home: str, inputs: str) -> str | None:
@@ -224,7 +242,7 @@ def _smaller_that_fits(shape: StepShape, limits: Limits, home: str, inputs: str)
     for batch, length in [*sizes, *((1, length) for length in lengths)]:
         smaller = shape.resized(batch_size=batch, seq_len=length)
         used = smaller.footprint(home, micro_batch_size=1, block_inputs=inputs).totals()
-        if all(used[place] <= getattr(limits, place) for place in HOMES):
+        if _fits(used, limits):
             shorter = "" if length == shape.seq_len else f" and sequences of {length}"
             return f"batches of {batch}{shorter}"
     return None

@@ -21,6 +21,8 @@ NAMES = ("flops", "to_device", "from_device", "disk_read", "disk_write")
 
 # Where nothing can be measured. GPU: half the 71 TFLOP/s of an RTX 3090 (NVIDIA GA102 whitepaper, dense, 16 bits with float32
 # sums). Bus: 24 of the 32 GB/s of PCIe 4.0 x16. Disk: a common PCIe 3.0 NVMe drive.
+# CPU: a few cores with AVX2.
+ASSUMED_CPU_FLOPS = 100e9
 ASSUMED = {"flops": 35e12, "to_device": 24e9, "from_device": 24e9, "disk_read": 3e9, "disk_write": 2e9}
 
 _FILE_BYTES = 64 * 1024**2
@@ -84,7 +86,8 @@ def find_speeds(
         sources.update({name: "measured" for name in found if name not in values})
         values = {**found, **values}
     sources = {name: sources.get(name, "assumed") for name in NAMES}
-    return Speeds(**{**ASSUMED, **values}, sources=sources)
+    assumed = {**ASSUMED, "flops": ASSUMED_CPU_FLOPS} if device == "cpu" else ASSUMED
+    return Speeds(**{**assumed, **values}, sources=sources)
 
 
 def measure_flops(dtype: torch.dtype, device: str, *, seconds: float = 0.3) -> float:

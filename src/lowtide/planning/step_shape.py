@@ -260,8 +260,8 @@ def _signature(call: BlockCall) -> Any:
 
 
 def _with_sdpa(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with the attention that transformers would choose, whatever is installed here."""
+    """The config without attention kernels that have to be installed: transformers then chooses what the model supports."""
     config = copy.deepcopy(config)
-    if getattr(config, "_attn_implementation", None) in (None, "flash_attention_2", "flash_attention_3"):
+    if "flash" in (getattr(config, "_attn_implementation", None) or ""):
         config._attn_implementation = "sdpa"
     return config

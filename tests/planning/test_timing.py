@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import lowtide
+from helpers import tiny_batch, tiny_config, tiny_model
+from lowtide.models import find_blocks
+from lowtide.planning import Speeds, StepShape, step_time
+from lowtide.planning.speeds import NAMES
+from lowtide.planning.timing import step_flops
+
+GIVEN = dict.fromkeys(NAMES, "given")
+
+
+def homes_of(shape, home):
+    return {unit.name: home for unit in shape.units}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
+def test_operations_are_those_of_a_forward_pass_four_times(family):
+    config = tiny_config(family, use_cache=False)
+    shape = StepShape(config, find_blocks=find_blocks, dtype=torch.float32, batch_size=2, seq_len=32)
+    model = tiny_model(family, attn_implementation="eager", experts_implementation="eager", use_cache=False)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(input_ids=torch.zeros(2, 32, dtype=torch.int64))
+    # eager attention takes the whole square, of which half is causal; and a mixture has a router, which is small
+    attention = 3 * 2 * (2 * 32) * 32 * 32
+    assert step_flops(shape) / 4 + attention == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_exact_clipping_costs_three_quarters_more(tiny_shape):
+    assert step_flops(tiny_shape(exact_clipping=True)) == 1.75 * step_flops(tiny_shape())
+
+
+def test_the_slowest_lane_decides(tiny_shape):
+    shape = tiny_shape(device="cuda")
+    for slow, bottleneck in (
+        ("flops", "compute"),
+        ("to_device", "PCIe"),
+        ("disk_read", "disk"),
+        ("disk_write", "disk"),
+    ):
+        values = {**dict.fromkeys(NAMES, 1e12), slow: 1e3}
+        found = step_time(shape, homes_of(shape, "disk"), "device", Speeds(**values, sources=GIVEN))
+        assert found.bottleneck == bottleneck
+        lanes = {"compute": found.compute_s, "PCIe": found.bus_s, "disk": found.disk_s}
+        assert found.step_s == max(lanes.values()) + found.exposed_s == lanes[bottleneck] + found.exposed_s
+
+
+def test_nothing_moves_where_everything_is_on_the_device(tiny_shape):
+    speeds = Speeds(1e9, 1e9, 1e9, 1e9, 1e9, GIVEN)
+    shape = tiny_shape(device="cuda")
+    found = step_time(shape, homes_of(shape, "device"), "device", speeds)
+    assert (found.bus_s, found.disk_s, found.exposed_s, found.tokens_to_hide) == (0, 0, 0, 0)
+
+
+def test_tokens_that_hide_the_transfers(tiny_shape):
+    speeds = Speeds(1e9, 1e6, 1e6, 1e6, 1e6, GIVEN)
+    shape = tiny_shape(device="cuda")
+    tokens = step_time(shape, homes_of(shape, "host"), "device", speeds).tokens_to_hide
+    for batch_size, hidden in ((tokens // 16, False), (tokens // 16 + 1, True)):
+        other = shape.resized(batch_size=batch_size, seq_len=16)
+        found = step_time(other, homes_of(shape, "host"), "device", speeds)
+        assert (found.bottleneck == "compute") is hidden
+
+
+def test_block_inputs_that_take_longer_than_their_computation_are_never_hidden(tiny_shape):
+    speeds = Speeds(1e15, 1e6, 1e6, 1e6, 1e6, GIVEN)
+    shape = tiny_shape(device="cuda")
+    assert step_time(shape, homes_of(shape, "device"), "host", speeds).tokens_to_hide is None
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("tied", [False, True])
+def test_reads_and_writes_are_those_of_the_real_home(tmp_path, clip, tied):
+    changes = {"num_hidden_layers": 8, "tie_word_embeddings": tied}
+    model = tiny_model(**changes)
+    shape = StepShape(
+        tiny_config(**changes),
+        find_blocks=find_blocks,
+        dtype=torch.float32,
+        batch_size=8,
+        seq_len=10,
+        exact_clipping=clip is not None,
+    )
+    optimizer = lowtide.Lomo(model.parameters(), lr=1e-3)
+    engine = lowtide.fuse(model, optimizer, weights=str(tmp_path / "copy"), device="cpu", clip_grad_norm=clip)
+    (home,) = engine.home.streamed
+    counts = []
+    for seed in range(4):
+        engine.backward(model(**tiny_batch(seed)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        home.synchronize()
+        counts.append((home.store.bytes_read, home.store.bytes_written))
+    engine.remove()
+    read, written = (last - before for last, before in zip(counts[-1], counts[-2], strict=True))
+    speeds = Speeds(1e9, 1e9, 1e9, 1e9, 1e9, GIVEN)
+    found = step_time(shape, homes_of(shape, "disk"), "device", speeds)
+    assert found.disk_write_bytes == pytest.approx(written, rel=0.1)  # blocks are rounded up to pages
+    assert found.disk_read_bytes == pytest.approx(read, rel=0.15)
