@@ -16,8 +16,6 @@ from .arguments import UsageError
 from .quantities import at_least, flops, positive, rate, size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from ..planning import Limits, Method, Plan, Speeds, StepShape
 
 _EPILOG = """\
@@ -183,7 +181,7 @@ def _as_dict(args: argparse.Namespace, shape: StepShape, plan: Plan, methods: tu
 
 def _shape(args: argparse.Namespace) -> tuple[StepShape, str]:
     """The step, and the torch device or "cuda" for one that is not here."""
-    from ..models import find_blocks, parse_dtype
+    from ..models import find_blocks, load_config, parse_dtype
     from ..planning import StepShape
     from ..training import resolve_device
 
@@ -194,7 +192,7 @@ def _shape(args: argparse.Namespace) -> tuple[StepShape, str]:
     device = args.device if kind == "cuda" else resolve_device(args.device)
     clip = DEFAULT_CLIP_GRAD_NORM.get(args.optimizer, 0.0) if args.clip_grad_norm is None else args.clip_grad_norm
     shape = StepShape(
-        read_config(args.model, trust_remote_code=args.trust_remote_code),
+        load_config(args.model, trust_remote_code=args.trust_remote_code),
         find_blocks=find_blocks,
         dtype=parse_dtype(args.dtype),
         batch_size=args.batch_size,
@@ -207,26 +205,6 @@ def _shape(args: argparse.Namespace) -> tuple[StepShape, str]:
         trust_remote_code=args.trust_remote_code,
     )
     return shape, device
-
-
-def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model, without a look at its weights.
-
-    Args:
-        name: a directory, a name on the hub, a .gguf file, or a config.json.
-        trust_remote_code: run Python code that comes with the model.
-
-    Raises:
-        FileNotFoundError, ConnectionError, ValueError: as for ``load_model``.
-    """
-    from ..models import hub
-    from ..models.gguf import gguf_config, open_gguf
-
-    if hub._is_gguf(name):
-        return gguf_config(open_gguf(name))
-    path = Path(name).expanduser()
-    source = path if path.suffix == ".json" and path.is_file() else hub._source(name)
-    return hub._load_config(name, source, trust_remote_code)
 
 
 def _limits(args: argparse.Namespace, device: str) -> Limits:

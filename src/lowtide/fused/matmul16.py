@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,12 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 # Float32 elements of one operand alive at a time, 16 MiB: large enough that the product runs at nearly full speed.
-_SLICE_NUMEL = 2**22
+SLICE_NUMEL = 2**22
 
 _aten = torch.ops.aten
 
 
-@cache
 def computes_16bit() -> bool:
     """Whether the CPU multiplies bfloat16 matrices at a useful speed. An x86 processor without AVX-512 does not."""
     if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
@@ -51,13 +49,13 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     # The smaller operand is converted once, as a whole if it may be, the other one and the result piece by piece.
     if num_rows <= num_columns:
         left = a.float()
-        width = max(1, _SLICE_NUMEL // max(1, inner, num_rows))
+        width = max(1, SLICE_NUMEL // max(1, inner, num_rows))
         for start in range(0, num_columns, width):
             columns = slice(start, start + width)
             out[:, columns] = left @ b[:, columns].float()
     else:
         right = b.float()
-        height = max(1, _SLICE_NUMEL // max(1, inner, num_columns))
+        height = max(1, SLICE_NUMEL // max(1, inner, num_columns))
         for start in range(0, num_rows, height):
             rows = slice(start, start + height)
             out[rows] = a[rows].float() @ right

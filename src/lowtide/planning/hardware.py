@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
+
+from ..fused.matmul16 import computes_16bit
 
 # File names of a control group's limit and usage, and the entry of its memory.stat that counts page cache which the
 # kernel gives up before it kills anything. Kernel documentation: admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst.
@@ -58,11 +59,9 @@ def peak_resident_bytes(*, root: Path = Path("/")) -> int:
 def computes_bfloat16(device: str | torch.device = "cpu") -> bool:
     """Whether a device multiplies bfloat16 matrices at a useful speed.
 
-    An x86 processor without AVX-512 does not: torch then takes about twenty times as long as in float32.
+    An x86 processor without AVX-512 does not; there blocks compute their products in float32 (``fused/matmul16.py``).
     """
-    if torch.device(device).type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
-        return True
-    return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+    return torch.device(device).type != "cpu" or computes_16bit()
 
 
 def device_available_bytes(device: str | torch.device) -> int:

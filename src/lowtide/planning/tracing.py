@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..fused.matmul16 import SLICE_NUMEL
 from ..optim.base import SIXTEEN_BIT
 
 # What the bytes of a training step are for, in the order in which they are shown.
@@ -132,7 +133,7 @@ class MemoryTrace(TorchDispatchMode):
             return
         # As in fused/matmul16.py: the smaller operand as a whole, the other one and the result piece by piece.
         short, long = sorted((rows, columns))
-        width = min(long, max(1, _PRODUCT_NUMEL // max(1, inner, short)))
+        width = min(long, max(1, SLICE_NUMEL // max(1, inner, short)))
         self.touch(4 * short * inner, 4 * width * inner, 4 * width * short)
 
     def touch(self, *pieces: int) -> None:
@@ -198,7 +199,6 @@ def added(*parts: Bytes) -> Bytes:
 
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-_PRODUCT_NUMEL = 2**23  # as in fused/matmul16.py
 _GROUPED_MM = (torch.ops.aten._grouped_mm.default,)
 
 

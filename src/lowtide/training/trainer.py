@@ -154,8 +154,8 @@ def prepare(config: TrainConfig, output: Path, model: PreTrainedModel | None = N
     check_disk(output, model, placement.directory)
     if dtype == torch.bfloat16 and not computes_bfloat16(device):
         _logger.warning(
-            "this processor has no instructions for bfloat16, and steps take many times as long as in float32: use dtype float32 "
-            "if the memory allows it"
+            "this processor has no instructions for bfloat16: products are computed in float32 and rounded, so steps take longer "
+            "than with dtype float32, which takes twice the memory"
         )
     torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
     optimizer = make_optimizer(config, model.train())
