@@ -124,9 +124,9 @@ def record(name: str, base: str, median: float, ratio: float, ratios: list[float
         writer.writerow(row)
 
 
-def main() -> None:
+def main(what: tuple[str, ...] = WHAT) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=what)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--threads", type=int, default=2)
