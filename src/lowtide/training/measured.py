@@ -23,7 +23,7 @@ from ..optim import Lomo
 from ..planning import Footprint, peak_resident_bytes, resident_bytes
 from .config import TrainConfig
 from .planned import predicted
-from .setup import resolve_device, without_cache
+from .setup import existing_folder, resolve_device, without_cache
 from .trainer import prepare
 
 WEIGHTS, POOLS, STATE, GRADIENTS, KEPT, REST = (
@@ -70,7 +70,9 @@ def dry_run(config: TrainConfig, num_steps: int = 2) -> DryRun:
 
     config.validate()
     device = resolve_device(config.device)
-    with tempfile.TemporaryDirectory(dir=_existing(Path(config.output)), prefix=".lowtide-dry-run-") as folder:
+    with tempfile.TemporaryDirectory(
+        dir=existing_folder(Path(config.output).expanduser().absolute().parent), prefix=".lowtide-dry-run-"
+    ) as folder:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         _warm_up(device)
@@ -199,7 +201,3 @@ def _begin(device: str) -> int:
 
 def _peak(device: str) -> int:
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_resident_bytes()
-
-
-def _existing(output: Path) -> Path:
-    return next(folder for folder in output.expanduser().absolute().parents if folder.exists())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..models import find_blocks, load_config, parse_dtype
 from ..planning import Footprint, Limits, Plan, StepShape, available_host_bytes, device_available_bytes, find_speeds
 from .config import TrainConfig
+from .setup import existing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -79,7 +80,7 @@ def plan_placement(config: TrainConfig, device: str, output: Path) -> Placement:
         ValueError, FileNotFoundError, ConnectionError: there is no such model.
     """
     shape = step_shape(config, device)
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    existing = existing_folder(output)
     limits = Limits(
         device=int(_USABLE * device_available_bytes(device)),
         host=int(_USABLE * available_host_bytes()),
@@ -98,9 +99,7 @@ def plan_placement(config: TrainConfig, device: str, output: Path) -> Placement:
         micro_batch_size=micro,
         block_inputs="cpu" if plan.block_inputs == "host" else "device",
         clip_memory_bytes=clip_memory,
-        directory=directory
-        if directory.as_posix() in homes.values() or os.fspath(directory) in homes.values()
-        else None,
+        directory=directory if os.fspath(directory) in homes.values() else None,
         plan=plan,
     )
 

@@ -17,7 +17,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +28,7 @@ from .events import Listener, finite
 from .interrupt import StopAfterStep
 from .lr_curve import Reading, divergence, read_curve, sweep_rates
 from .progress import ConsoleProgress
-from .setup import check_output, resolve_device, without_cache
+from .setup import check_output, existing_folder, resolve_device, without_cache
 from .snapshot import restored_afterwards
 from .trainer import outcome, prepare
 
@@ -165,16 +164,14 @@ def find_lr(
     with ExitStack() as stack:
         stop = stack.enter_context(StopAfterStep())
         stack.enter_context(torch.random.fork_rng([device] if device.startswith("cuda") else []))
-        stack.enter_context(nullcontext() if model is None else restored_afterwards(model, _existing(output)))
+        stack.enter_context(
+            nullcontext() if model is None else restored_afterwards(model, existing_folder(output.absolute().parent))
+        )
         sweep = _Sweep(prepare(tested, output, model), sweep_rates(start, end, num_steps), stop)
         sweep.run.report.listeners.extend([] if on_event is None else [on_event])
         if show_progress:
             sweep.run.report.listeners.append(stack.enter_context(ConsoleProgress(log_every=config.log_every)))
         return sweep.result(config)
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 class _Sweep:

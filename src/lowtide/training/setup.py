@@ -50,7 +50,7 @@ def check_output(output: str | Path) -> Path:
         raise FileExistsError(
             f"output directory {path} is not empty, and nothing in it will be overwritten; name a new one or empty it"
         )
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    existing = existing_folder(path)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"output directory {path} cannot be made: {existing} is not a directory you may write to")
     return path
@@ -67,9 +67,9 @@ def check_disk(output: Path, model: torch.nn.Module, working_copy: Path | None =
     Raises:
         OSError: the disk of the output directory has too little room.
     """
-    existing = _existing(output)
+    existing = existing_folder(output)
     needed = sum(param.numel() * param.element_size() for param in model.parameters())
-    if working_copy is not None and _existing(working_copy).stat().st_dev == existing.stat().st_dev:
+    if working_copy is not None and existing_folder(working_copy).stat().st_dev == existing.stat().st_dev:
         needed *= 2
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -79,7 +79,8 @@ def check_disk(output: Path, model: torch.nn.Module, working_copy: Path | None =
         )
 
 
-def _existing(path: Path) -> Path:
+def existing_folder(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
