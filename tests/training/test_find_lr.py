@@ -1,6 +1,7 @@
 import json
 import math
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_the_rate_lies_in_the_range_and_below_divergence(make_config, optimizer,
     assert min(point.smoothed for point in finding.points) < 0.9 * finding.loss_before
     assert finding.held_out is (config.eval_fraction > 0)
     assert [event["watched_loss"] for event in events if event["event"] == "train"] == [p.loss for p in finding.points]
-    assert not range_test.Path(config.output).exists()
+    assert not Path(config.output).exists()
     assert finding.config == config
     json.dumps(finding.to_dict(), allow_nan=False)
 
