@@ -16,7 +16,9 @@ from .fused import Engine as _Engine
 from .fused.checks import check_model, check_optimizers
 from .models.blocks import find_blocks, resolve_blocks
 from .models.chunked_loss import ChunkedLoss, HeadForward
+from .models.shards import parts_of
 from .weights import HostInputs, MixedHome, by_name, place
+from .weights.layout import Part
 
 
 class Engine(_Engine):
@@ -34,11 +36,21 @@ class Engine(_Engine):
         """
         return {**self.model.state_dict(), **_with_aliases(self.model, self.home.tensors())}
 
-    def remove(self) -> None:
+    def parts_of_model(self) -> list[Part]:
+        """The same, tied weights once, in parts that are loaded one by one: a decoder layer each, and one for the rest.
+
+        Saving with these takes the memory of one part. They are valid until the next step.
+        """
+        return parts_of(self.model, self.home.parts())
+
+    def remove(self, keep_copy: bool = True) -> None:
         """Take all hooks away: model and optimizers are ordinary again. Calling it twice does no harm.
 
         Weights that lived in host memory are there then, and so is the rest of the model; weights on disk are mapped from the
         working copy, which must stay as long as the model is used.
+
+        Args:
+            keep_copy: False to remove the working copy on disk: the model was saved, and will not be used any more.
 
         Raises:
             OSError: the last weights could not be written to the disk.
@@ -55,8 +67,10 @@ class Engine(_Engine):
         if isinstance(self._block_inputs, HostInputs):
             self._block_inputs.close()
         if self.home.streamed:
-            self.home.close(whole)
+            self.home.close(whole and keep_copy)
             self.model.to("cpu")
+        if not keep_copy:
+            self.home.discard()
 
 
 def _with_aliases(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

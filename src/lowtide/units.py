@@ -46,6 +46,18 @@ def parse_bytes(text: str | int) -> int:
     return round(value * _SUFFIXES[suffix])
 
 
+def parse_duration(text: str) -> float:
+    """Read a time in seconds: ``"90s"``, ``"15m"``, ``"15 min"``, ``"1.5h"``, ``"1d"``.
+
+    Raises:
+        ValueError: the text is not a non-negative number with one of these suffixes.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(s|sec|m|min|h|d)\s*", text.lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a time; write it like 90s, 15m or 2h")
+    return float(match.group(1)) * {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[match.group(2)]
+
+
 def format_bytes(num_bytes: float) -> str:
     """Bytes for people, in binary units with three figures: ``format_bytes(3 * 1024**3) == "3.00 GiB"``."""
     value = float(num_bytes)

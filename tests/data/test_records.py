@@ -231,3 +231,22 @@ def test_a_hub_data_set_that_cannot_be_had_is_one_line(monkeypatch):
         read_records("org/name")
     says = "org/name: neither an existing path nor a data set that the hub gave (ConnectionError: no network)"
     assert str(caught.value) == says
+
+
+def test_bad_lines_can_be_skipped_and_are_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(
+        b'{"text": "a"}\nnonsense\n{"text": "\xff"}\n{"prompt": "p", "completion": "c"}\n{"text": "b"}\n{"text": ""}\n'
+    )
+    bad = []
+    assert [record.text for record in read_records(path, bad.append)] == ["a", "b"]
+    assert [str(error).split(": ")[0] for error in bad] == [f"{path}:{line}" for line in (2, 3, 4, 6)]
+    with pytest.raises(ValueError, match=f"{path}:2"):
+        read_records(path)
+
+
+def test_a_file_of_bad_lines_only_is_refused_all_the_same(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text("nonsense\n{}\n")
+    with pytest.raises(ValueError, match="no records \\(all 2 lines are bad\\)"):
+        read_records(path, lambda error: None)

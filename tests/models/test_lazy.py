@@ -64,7 +64,7 @@ def test_several_files_and_a_streamed_save(tmp_path):
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     lazy = load_model(tmp_path / "model", dtype=torch.float32, lazy=True)
     engine = train(lazy, weights=tmp_path / "weights")
-    save_model(lazy, tiny_tokenizer(), tmp_path / "out", engine.state_dict_of_model())
+    save_model(lazy, tiny_tokenizer(), tmp_path / "out", engine.parts_of_model())
     engine.remove()
     assert same_weights(lazy, load_model(tmp_path / "out", dtype=torch.float32))
 

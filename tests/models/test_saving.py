@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from model_helpers import TEMPLATE, tiny_tokenizer
@@ -5,7 +8,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers import tiny_model
-from lowtide.models import saving
 from lowtide.models.hub import load_model, save_model
 
 
@@ -71,9 +73,15 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux to tell which file is flushed")
 def test_everything_is_flushed_to_the_disk_before_the_rename(tmp_path, monkeypatch):
-    flushed = []
-    monkeypatch.setattr(saving, "_flush", lambda path: flushed.append((path, (tmp_path / "model").exists())))
+    flushed, original = [], os.fsync
+
+    def fsync(descriptor):
+        original(descriptor)
+        flushed.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), (tmp_path / "model").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
     before = {path.name for path, renamed in flushed if not renamed}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= before

@@ -7,7 +7,7 @@ from helpers import tiny_config
 from lowtide.models import find_blocks
 from lowtide.planning import StepShape, compare, footprint, step_shape
 from lowtide.planning.tracing import ALLOCATOR, KEPT, KINDS, POOLS, STATE, WEIGHTS
-from lowtide.weights import home, staging, streamed
+from lowtide.weights import home, staging
 from lowtide.weights.layout import PAGE_BYTES
 
 GIB = 2**30
@@ -100,8 +100,8 @@ def test_a_streamed_model_has_a_pool_in_place_of_its_weights(tiny_shape):
     outside = 32 * 4  # the final norm
     assert host.device[WEIGHTS] == disk.device[WEIGHTS] == outside
     assert host.host[WEIGHTS] == disk.disk[WEIGHTS] == shape.weights_bytes - outside
-    largest = max(unit.num_bytes for unit in shape.units)
-    assert host.device[POOLS] == 3 * -(-largest // 4096) * 4096
+    layer = max(unit.num_bytes for unit in shape.units)  # larger than embedding and head
+    assert host.device[POOLS] == 3 * -(-layer // 4096) * 4096
     assert POOLS not in host.host
     assert disk.host == {POOLS: 4 * 64 * 2**20}
 
@@ -112,8 +112,15 @@ def test_each_home_has_a_pool_of_its_own_size(tiny_shape):
     layer = max(unit.num_bytes for unit in shape.units if unit.is_layer)
     found = shape.footprint(homes)
     assert found.device[POOLS] == 3 * -(-layer // 4096) * 4096
-    homes["lm_head"] = "host"
-    assert shape.footprint(homes).device[POOLS] == 3 * -(-layer // 4096) * 4096 + 2 * -(-5000 * 32 * 4 // 4096) * 4096
+    homes["lm_head"] = "host"  # alone there: one buffer is enough
+    assert shape.footprint(homes).device[POOLS] == 3 * -(-layer // 4096) * 4096 + -(-5000 * 32 * 4 // 4096) * 4096
+
+
+def test_a_large_embedding_has_one_large_buffer(tiny_shape):
+    for tied in (True, False):
+        shape = tiny_shape(changes={"tie_word_embeddings": tied, "vocab_size": 5000}, device="cuda")
+        layer, large = (-(-size // 4096) * 4096 for size in sorted({unit.num_bytes for unit in shape.units}))
+        assert shape.footprint("host").device[POOLS] == large + 2 * layer
 
 
 def test_tied_weights_are_one_unit(tiny_shape):
@@ -189,7 +196,6 @@ def test_a_model_without_blocks_is_refused():
 
 
 def test_its_constants_are_those_of_the_homes():
-    assert step_shape.POOL_SLOTS == streamed.DEFAULT_NUM_SLOTS
     assert step_shape.STAGING_BYTES == 4 * staging._BUFFER_BYTES
     assert step_shape._TRIM_FROM_BYTES == home._TRIM_FROM_BYTES
     assert step_shape._PAGE == PAGE_BYTES

@@ -6,6 +6,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowtide.training import TrainConfig, read_events, train, trainer
+from lowtide.training import run as run_module
 from tiny_files import save_tiny_model, write_jsonl
 
 
@@ -146,7 +147,7 @@ def test_it_gives_up_when_the_loss_stays_broken(make_config, monkeypatch):
 def _break_loss(monkeypatch, is_broken):
     """Make the loss NaN in some steps; returns {step: (weights before, weights after)} of all steps."""
     seen = {}
-    real = trainer.fuse
+    real = run_module.fuse
 
     def fuse(model, optimizer, **options):
         engine = real(model, optimizer, **options)
@@ -166,7 +167,7 @@ def _break_loss(monkeypatch, is_broken):
         model.forward, engine.backward = broken_forward, watched_backward
         return engine
 
-    monkeypatch.setattr(trainer, "fuse", fuse)
+    monkeypatch.setattr(run_module, "fuse", fuse)
     return seen
 
 

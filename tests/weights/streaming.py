@@ -52,12 +52,6 @@ def train(weights, rule="lomo", dtype=torch.float32, num_steps=10, family="llama
     return model, engine.home, norms
 
 
-def stream_on_cpu(monkeypatch):
-    """``weights="cpu"`` copies also where host memory is what is computed on."""
-    monkeypatch.setattr(lowtide.fusing, "_only_real_moves", lambda wanted, device: wanted)
-    return monkeypatch
-
-
 def make_late(monkeypatch):
     """All copies of streamed homes land late."""
     monkeypatch.setattr(streamed, "make_lane", late_lane)

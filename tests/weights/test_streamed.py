@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from streaming import RULES, make_late, stream_on_cpu, train
+from streaming import RULES, make_late, train
 from torch import nn
 
 import lowtide
 import lowtide.fusing
 from helpers import same_weights, tiny_batch, tiny_model
 from lowtide.weights import lanes, streamed
+from streaming_cpu import stream_on_cpu
 
 LAYERS = "model.layers"
 

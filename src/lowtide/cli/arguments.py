@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from .config_file import Entry, read_config_file
@@ -132,6 +132,8 @@ def convert(cls: type, name: str, value: Any) -> Any:
         ValueError: it is not of that type; the message says what was expected.
     """
     kind, optional, many = _kind_of(cls, name)
+    if isinstance(value, int) and not isinstance(value, bool) and _metadata(cls, name).get("numbers"):
+        value = str(value)
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
         if optional:
             return None
@@ -175,6 +177,10 @@ def _kind_of(cls: type, name: str) -> tuple[type, bool, bool]:
     return (typing.get_args(kind)[0] if many else kind), type(None) in parts, many
 
 
+def _metadata(cls: type, name: str) -> Mapping[Any, Any]:
+    return next(field.metadata for field in dataclasses.fields(cls) if field.name == name)
+
+
 def _from_file(cls: type, name: str, entry: Entry) -> Any:
     try:
         return convert(cls, name, entry.value)
@@ -201,7 +207,9 @@ def _add_flag(group: argparse._ArgumentGroup, cls: type, field: dataclasses.Fiel
 
     choices = field.metadata.get("choices", ())
     metavar = field.metadata.get("metavar") or ("{" + ",".join(choices) + "}" if choices else _METAVAR[kind])
-    group.add_argument(flag_of(field.name), type=from_text, metavar=metavar, nargs="+" if many else None, **options)
+    alone = field.metadata.get("alone")
+    nargs = "+" if many else None if alone is None else "?"
+    group.add_argument(flag_of(field.name), type=from_text, metavar=metavar, nargs=nargs, const=alone, **options)
 
 
 _METAVAR: dict[type, str] = {int: "N", float: "X", str: "NAME"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 from typing import TYPE_CHECKING
 
 from ..training.config import GROUPS, TrainConfig
@@ -24,6 +25,9 @@ The same as a file, `lowtide train --config run.yaml`, where flags given as well
   output: tuned
   lr: 1.0e-3
   max_steps: 200
+
+Interrupted (Ctrl-C), killed, or out of power? Checkpoints are written on the way with --save-every 15m (or a number of steps), and
+`lowtide train --config tuned/config.yaml --resume` goes on from the last one, bit for bit.
 
 Which learning rate? Add --find-lr to the same command: it tries some for a few minutes and says which to use.
 
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
     result = train(config, on_event=on_event)
     print(describe_result(result), flush=True)
-    return 130 if result.interrupted else 0
+    return 128 + (result.signal_number or signal.SIGINT) if result.interrupted else 0
 
 
 def describe_plan(config: TrainConfig, event: Event) -> str:
@@ -118,13 +122,17 @@ def describe_dry_run(found: DryRun) -> str:
 def describe_result(result: TrainResult) -> str:
     """What the run did: the score before and after, the memory, and what to type next."""
     lines = []
+    if result.finished_before:
+        return f"The run in {result.output} had come to its end, after {_count(result.num_steps, 'step')}: its model is in {result.model_dir}."
     if result.interrupted:
-        lines.append(f"Stopped by Ctrl-C after step {result.num_steps}; the model was saved as it was then.")
+        by = "SIGTERM" if result.signal_number == signal.SIGTERM else "Ctrl-C"
+        lines.append(f"Stopped by {by} after step {result.num_steps}, and saved as it was then. To go on:")
+        lines.append(f"  lowtide train --config {shlex.quote(str(result.output / 'config.yaml'))} --resume")
     else:
         lines.append(f"Done: {_count(result.num_steps, 'step')} in {format_duration(result.wall_s)}.")
     if result.num_skipped:
         lines.append(
-            f"{_count(result.num_skipped, 'step')} updated nothing, because their loss or gradient was not finite."
+            f"{_count(result.num_skipped, 'step')} updated nothing, because their loss or gradient was not finite or their loss a spike."
         )
     before, after = result.loss_before, result.loss_after
     if before is not None and after is not None:
@@ -133,7 +141,7 @@ def describe_result(result: TrainResult) -> str:
             f"perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} ({after.num_tokens} tokens)."
         )
     lines.append(f"Peak memory: {format_bytes(result.peak_memory_bytes)}.")
-    lines.append(f"The model is in {result.model_dir}. Next:")
+    lines.append(f"The model is in {result.model_dir}. {'To try it as it is' if result.interrupted else 'Next'}:")
     lines.append(f"  lowtide generate --model {shlex.quote(str(result.model_dir))} --prompt 'Hello'")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import array
 import bisect
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -79,15 +80,23 @@ class Batches:
             num_positions = sum(max(group) * len(group) for group in groups)
         return 1 - sum(self._lengths) / num_positions
 
-    def epoch(self, epoch: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of one epoch, in the same order whenever it is asked for.
+    @property
+    def fingerprint(self) -> str:
+        """Tells other data, another split or another tokenizer: 16 hexadecimal digits over all ids, labels and lengths."""
+        digest = hashlib.sha256()
+        for tensor in (self._ids, self._labels, torch.tensor(self._lengths)):
+            digest.update(tensor.numpy().data)
+        return digest.hexdigest()[:16]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch from number ``start`` on, in the same order whenever it is asked for.
 
         Each is a dict of int64 tensors [B, S] on the CPU: ``input_ids``, ``labels`` (unshifted, -100 = not trained on),
         and ``position_ids`` if packed, ``attention_mask`` (1 = token, 0 = padding on the right) if padded.
         """
         sequences = self._sequences(epoch)
-        for start in range(0, len(sequences), self.batch_size):
-            yield self._batch(sequences[start : start + self.batch_size])
+        for first in range(start * self.batch_size, len(sequences), self.batch_size):
+            yield self._batch(sequences[first : first + self.batch_size])
 
     def _sequences(self, epoch: int) -> list[list[int]]:
         """For every sequence of the epoch the indices of its examples."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,18 @@ class Record:
         return f"{self.source}:{self.line}"
 
 
-def read_records(paths: str | Path | Sequence[str | Path]) -> list[Record]:
+OnBad = Callable[[ValueError], None]  # told of a record that cannot be used
+
+
+def read_records(paths: str | Path | Sequence[str | Path], on_bad: OnBad | None = None) -> list[Record]:
     """Read all records of one or more files, directories (searched with their subdirectories) or hub data set ids.
 
     A string that is no existing path and looks like ``org/name`` is loaded with ``datasets.load_dataset`` (its train
     split). The order is that of the arguments, then of the sorted file names, then of the lines.
+
+    Args:
+        paths: what to read.
+        on_bad: called with the error of every line that is no usable record, which is then left out; None to refuse the file.
 
     Raises:
         FileNotFoundError: a path does not exist, a directory holds no data file, a hub data set cannot be loaded.
@@ -60,19 +67,19 @@ def read_records(paths: str | Path | Sequence[str | Path]) -> list[Record]:
     entries = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not entries:
         raise ValueError("no data files given")
-    return [record for entry in entries for record in _read_entry(entry)]
+    return [record for entry in entries for record in _read_entry(entry, on_bad)]
 
 
-def _read_entry(entry: str | Path) -> list[Record]:
+def _read_entry(entry: str | Path, on_bad: OnBad | None) -> list[Record]:
     path = Path(entry).expanduser()
     if not str(entry):
         raise FileNotFoundError("the data path is empty; name a file, a directory or a hub data set")
     if path.is_dir():
-        return [record for file in _data_files(path) for record in _read_file(file)]
+        return [record for file in _data_files(path) for record in _read_file(file, on_bad)]
     if path.exists():
-        return _read_file(path)
+        return _read_file(path, on_bad)
     if isinstance(entry, str) and _looks_like_hub_id(entry):
-        return _read_hub(entry)
+        return _read_hub(entry, on_bad)
     raise FileNotFoundError(f"{entry}: no such file or directory")
 
 
@@ -90,12 +97,12 @@ def _data_files(directory: Path) -> list[Path]:
     return found
 
 
-def _read_file(path: Path) -> list[Record]:
+def _read_file(path: Path, on_bad: OnBad | None) -> list[Record]:
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
         records = _read_text(path)
     elif suffix in JSON_SUFFIXES:
-        records = _records_of(str(path), _json_rows(path))
+        records = _records_of(str(path), _json_rows(path), on_bad)
     else:
         known = ", ".join(TEXT_SUFFIXES + JSON_SUFFIXES)
         raise ValueError(f"{path}: unknown file type {path.suffix!r}; data files end in {known}")
@@ -116,20 +123,22 @@ def _read_text(path: Path) -> list[Record]:
     return [Record(str(path), 1, text=text)]
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank."""
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """(line number, object, or what is wrong with it) of every line that is not blank."""
     offset = 0
     # Binary lines end at \n alone; text mode and splitlines() would also cut at characters that JSON allows in strings.
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = raw.decode("utf-8")
+                line = (line.removeprefix("\ufeff") if number == 1 else line).strip()
+                if line:
+                    yield number, _json_object(line, f"{path}:{number}")
             except UnicodeDecodeError as error:
-                raise _not_utf8(f"{path}:{number}", raw, error.start, offset + error.start) from None
+                yield number, _not_utf8(f"{path}:{number}", raw, error.start, offset + error.start)
+            except ValueError as error:
+                yield number, error
             offset += len(raw)
-            line = (line.removeprefix("\ufeff") if number == 1 else line).strip()
-            if line:
-                yield number, _json_object(line, f"{path}:{number}")
 
 
 def _not_utf8(where: str, raw: bytes, index: int, offset: int) -> ValueError:
@@ -156,24 +165,35 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _records_of(source: str, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Record]:
+def _records_of(
+    source: str, rows: Iterable[tuple[int, dict[str, Any] | ValueError]], on_bad: OnBad | None
+) -> list[Record]:
     """The records of one source, which must all be of the first one's kind."""
     records: list[Record] = []
     ignored: set[str] = set()
-    first_kind = ""
+    first_kind, num_bad = "", 0
     for line, row in rows:
         where = f"{source}:{line}"
-        kind = _kind_of(row, where)
-        first_kind = first_kind or kind
-        if kind != first_kind:
-            raise ValueError(
-                f"{where}: a {kind!r} record in a file that began with {first_kind!r} (line {records[0].line}); "
-                "put each kind into a file of its own"
-            )
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            kind = _kind_of(row, where)
+            if first_kind and kind != first_kind:
+                raise ValueError(
+                    f"{where}: a {kind!r} record in a file that began with {first_kind!r} (line {records[0].line}); "
+                    "put each kind into a file of its own"
+                )
+            records.append(_record(row, kind, source, line))
+        except ValueError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+            num_bad += 1
+            continue
+        first_kind = kind
         ignored.update(key for key, value in row.items() if key not in KINDS[kind] and value is not None)
-        records.append(_record(row, kind, source, line))
     if not records:
-        raise ValueError(f"{source}: no records (the file is empty)")
+        raise ValueError(f"{source}: no records ({f'all {num_bad} lines are bad' if num_bad else 'the file is empty'})")
     if ignored:
         logger.warning("%s: ignoring the keys %s", source, _shown(sorted(ignored)))
     return records
@@ -277,7 +297,7 @@ def _looks_like_hub_id(name: str) -> bool:
     return Path(name).suffix.lower() not in TEXT_SUFFIXES + JSON_SUFFIXES and not Path(name).parent.is_dir()
 
 
-def _read_hub(name: str) -> list[Record]:
+def _read_hub(name: str, on_bad: OnBad | None) -> list[Record]:
     import datasets  # takes seconds, and most users read files
 
     try:
@@ -287,4 +307,4 @@ def _read_hub(name: str) -> list[Record]:
         raise FileNotFoundError(
             f"{name}: neither an existing path nor a data set that the hub gave ({type(error).__name__}: {reason})"
         ) from error
-    return _records_of(name, enumerate(rows, start=1))
+    return _records_of(name, enumerate(rows, start=1), on_bad)

@@ -19,6 +19,7 @@ from ..optim.base import SIXTEEN_BIT
 
 # Elements that are converted to float32 at a time on a CPU, where a 16-bit norm would be rounded to 16 bits.
 _SLICE_NUMEL = 2**18
+_vector_norm = torch.linalg.vector_norm
 
 
 class GradNorm:
@@ -49,7 +50,7 @@ class GradNorm:
 
     def read(self, grad: Tensor) -> float:
         """The same, where nothing has to be waited for: returns the gradient's own norm as a number."""
-        norm = _norm(grad).item() * self._inv_scale
+        norm = (_norm(grad) if grad.dtype in SIXTEEN_BIT else _vector_norm(grad)).item() * self._inv_scale
         self._sum_squares += norm * norm
         return norm
 

@@ -156,8 +156,12 @@ class Engine(BackwardPass):
         return max(shares, default=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the engine itself needs to go on: steps skipped, the loss scale, running norms. Plain numbers."""
-        state: dict[str, Any] = {"num_skipped_steps": self.num_skipped_steps}
+        """What the engine itself needs to go on: counts of steps, the loss scale, running norms. Plain numbers."""
+        state: dict[str, Any] = {
+            "num_steps": self._step,
+            "num_skipped_steps": self.num_skipped_steps,
+            "lost_updates": [optimizer.lost_updates.state_dict() for optimizer in self.optimizers],
+        }
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.state_dict()
         if self.adaptive is not None:
@@ -170,7 +174,9 @@ class Engine(BackwardPass):
         Raises:
             ValueError: running norms of parameters that this model has not.
         """
-        self.num_skipped_steps = state["num_skipped_steps"]
+        self._step, self.num_skipped_steps = state["num_steps"], state["num_skipped_steps"]
+        for optimizer, sampled in zip(self.optimizers, state["lost_updates"], strict=True):
+            optimizer.lost_updates.load_state_dict(sampled)
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.load_state_dict(state["loss_scale"])
         if self.adaptive is not None and "adaptive" in state:

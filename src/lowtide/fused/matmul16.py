@@ -8,7 +8,7 @@ at a time, and the result is rounded to 16 bits once, as the instructions would 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-# Float32 elements of one operand alive at a time, 16 MiB: large enough that the product runs at nearly full speed.
-SLICE_NUMEL = 2**22
+# Float32 elements of an operand or a result alive at a time, 8 MiB: large enough that the product runs at nearly full speed.
+SLICE_NUMEL = 2**21
+_FEWEST_ROWS = 512  # of the operand that is held, so that the other one is not converted all too often
 
 _aten = torch.ops.aten
 
@@ -46,20 +47,31 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype not in _SIXTEEN_BIT:
         return a @ b
     out = torch.empty(num_rows, num_columns, dtype=a.dtype)
-    # The smaller operand is converted once, as a whole if it may be, the other one and the result piece by piece.
+    height, width = tile(num_rows, inner, num_columns)
+    # A piece of the smaller operand is held while the other one passes.
     if num_rows <= num_columns:
-        left = a.float()
-        width = max(1, SLICE_NUMEL // max(1, inner, num_rows))
-        for start in range(0, num_columns, width):
-            columns = slice(start, start + width)
-            out[:, columns] = left @ b[:, columns].float()
+        for rows in _pieces(num_rows, height):
+            left = a[rows].float()
+            for columns in _pieces(num_columns, width):
+                out[rows, columns] = left @ b[:, columns].float()
     else:
-        right = b.float()
-        height = max(1, SLICE_NUMEL // max(1, inner, num_columns))
-        for start in range(0, num_rows, height):
-            rows = slice(start, start + height)
-            out[rows] = a[rows].float() @ right
+        for columns in _pieces(num_columns, width):
+            right = b[:, columns].float()
+            for rows in _pieces(num_rows, height):
+                out[rows, columns] = a[rows].float() @ right
     return out
+
+
+def tile(num_rows: int, inner: int, num_columns: int) -> tuple[int, int]:
+    """Rows and columns of the result of a product of [num_rows, inner] and [inner, num_columns] that are computed at a time."""
+    short, long = sorted((num_rows, num_columns))
+    held = min(short, max(_FEWEST_ROWS, SLICE_NUMEL // max(1, inner)))
+    passing = min(long, max(1, SLICE_NUMEL // max(1, inner, held)))
+    return (held, passing) if num_rows <= num_columns else (passing, held)
+
+
+def _pieces(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, max(1, size)))
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

@@ -17,14 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..weights.layout import stand_in
+from ..weights.safetensors_file import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 class SafetensorsWeights:
@@ -53,7 +49,7 @@ class SafetensorsWeights:
         """See :class:`lowtide.weights.LazyWeights`."""
         path, entry, start = self._entries[self.aliases.get(name, name)]
         begin, end = entry["data_offsets"]
-        tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+        tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
         if end > begin:
             view = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
             with path.open("rb", buffering=0) as file:

@@ -5,28 +5,29 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..log import get_logger
+from ..weights.direct_io import flush_directory
 from .checkpoint import first_line
+from .shards import write_weights
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_logger = get_logger(__name__)
+    from ..weights.layout import Part
 
-_SHARD_BYTES = 1024**3  # of weights that are streamed from their home to the saved files
+_logger = get_logger(__name__)
 
 
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     directory: str | Path,
-    state_dict: dict[str, Tensor] | None = None,
+    parts: Sequence[Part] | None = None,
 ) -> None:
     """Write a directory that plain transformers opens again: weights, configs, tokenizer and chat template.
 
@@ -36,35 +37,64 @@ def save_model(
         model: on any device.
         tokenizer: of this model.
         directory: new or empty; directories above it are made.
-        state_dict: the weights, where they are not in the model (``engine.state_dict_of_model()``). They are written in
-            pieces, so that those on disk never come into memory together.
+        parts: the weights, where they are not in the model (``engine.parts_of_model()``); they come into memory one by one.
 
     Raises:
         FileExistsError: the directory holds something, or is a file.
+        OSError: the disk is full or failed. Nothing is left behind.
     """
     target = Path(directory).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty directory; nothing in it will be overwritten")
     target.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(target) as temporary:
+        write_model(model, tokenizer, temporary, parts)
+        flush_tree(temporary)
+        if target.exists():
+            target.rmdir()
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    parts: Sequence[Part] | None = None,
+) -> dict[str, str]:
+    """The files of :func:`save_model` in an empty directory. Returns the SHA-256 of the files of weights, by name."""
+    with _saveable_generation_config(model):
+        model.save_pretrained(directory, state_dict={})  # configs, and code that came with the model
+    for path in directory.glob("*.safetensors*"):  # of no weights at all
+        path.unlink()
+    tokenizer.save_pretrained(directory)
+    return write_weights(model, directory, parts)
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """An empty directory that becomes ``target`` at the end, for good; if there is an error it is removed instead."""
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with _saveable_generation_config(model):
-            if state_dict is None:
-                model.save_pretrained(temporary)
-            else:
-                model.save_pretrained(temporary, state_dict=state_dict, max_shard_size=_SHARD_BYTES)
-        tokenizer.save_pretrained(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
-        if target.exists():
-            target.rmdir()
+        yield temporary
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _flush(target.parent)
+    flush_directory(target.parent)
+
+
+def flush_tree(directory: Path) -> None:
+    """Make sure that a directory and all that is in it is on the disk."""
+    for path in [*directory.rglob("*"), directory]:
+        if path.is_dir():
+            flush_directory(path)
+        else:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager
@@ -99,14 +129,3 @@ def _mended(original: GenerationConfig) -> GenerationConfig:
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
             mended = GenerationConfig(**{name: getattr(original, name, None) for name in names})
     return mended
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file or directory is on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open directories
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

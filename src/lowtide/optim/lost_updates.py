@@ -7,6 +7,8 @@ its weight alone is not lost, because others move theirs by a whole step; there 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,21 @@ class LostUpdates:
         """Let older counts fade."""
         for counts in self._counts.values():
             counts.mul_(_MEMORY)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs, as plain numbers. Waits for the device."""
+        return {
+            "calls": self._calls,
+            "counts": {str(device): counts.tolist() for device, counts in self._counts.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self._calls = state["calls"]
+        self._counts = {
+            torch.device(name): torch.tensor(counts, dtype=torch.float32, device=name)
+            for name, counts in state["counts"].items()
+        }
 
     def share(self) -> float | None:
         """Updates that left their weight as it was, as a share of 1; None while nothing was sampled. Waits for the device."""

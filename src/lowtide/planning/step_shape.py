@@ -15,6 +15,7 @@ from torch import nn
 
 from ..log import get_logger
 from ..optim.base import SIXTEEN_BIT
+from ..weights.pool import slot_sizes
 from .block_trace import BlockCall, WorkingSet, trace_block
 from .fallback import untraced_step, untraced_working_set
 from .footprint import Footprint, Unit, skeleton, sum_bytes
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 _logger = get_logger(__name__)
 
-# As in weights/streamed.py: one block is computed on, one arrives, one is written back. A home has a pool of its own.
-POOL_SLOTS = 3
 # As in weights/staging.py: between disk and an accelerator there are four buffers in pinned host memory.
 STAGING_BYTES = 4 * 64 * 1024**2
 _PAGE = 4096  # bytes; a slot begins and ends with a page, as direct I/O asks for
@@ -216,9 +215,11 @@ class StepShape:
         return Footprint(device, host, added({WEIGHTS: weights["disk"]}))
 
     def _pool_bytes(self, of: Mapping[str, str], home: str) -> int:
-        streamed = [unit.num_bytes for unit in self.units if of[unit.name] == home]
-        slots = max(2, min(POOL_SLOTS, len(streamed))) if streamed else 0
-        return slots * -(-max(streamed, default=0) // _PAGE) * _PAGE
+        streamed = [unit for unit in self.units if of[unit.name] == home]
+        uses = list(range(len(streamed)))
+        if streamed and not streamed[0].is_layer and self.units[-1].is_layer:  # tied: the head is the first again
+            uses.append(0)
+        return sum(slot_sizes([-(-unit.num_bytes // _PAGE) * _PAGE for unit in streamed], uses)) if streamed else 0
 
     def _inputs_in_host_memory(self, device: Bytes) -> tuple[Bytes, Bytes]:
         # As in weights/inputs.py: on the device there are then that of the block that runs and two that are on their way.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..fused.matmul16 import SLICE_NUMEL
+from ..fused.matmul16 import tile
 from ..optim.base import SIXTEEN_BIT
 
 # What the bytes of a training step are for, in the order in which they are shown.
@@ -131,10 +131,8 @@ class MemoryTrace(TorchDispatchMode):
         """A product of 16-bit matrices, [rows, inner] and [inner, columns], in float32 slices."""
         if not self.float32_products:
             return
-        # As in fused/matmul16.py: the smaller operand as a whole, the other one and the result piece by piece.
-        short, long = sorted((rows, columns))
-        width = min(long, max(1, SLICE_NUMEL // max(1, inner, short)))
-        self.touch(4 * short * inner, 4 * width * inner, 4 * width * short)
+        height, width = tile(rows, inner, columns)
+        self.touch(4 * height * inner, 4 * width * inner, 4 * width * height)
 
     def touch(self, *pieces: int) -> None:
         """Memory in pieces of so many bytes comes and goes within an operation."""

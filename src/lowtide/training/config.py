@@ -11,12 +11,15 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..units import parse_bytes
+from ..units import parse_bytes, parse_duration
 
 OPTIMIZERS = ("adalomo", "lomo", "adamw", "sgd")
 SCHEDULES = ("linear", "cosine", "constant")
 ROUNDINGS = ("stochastic", "compensated", "nearest")
 CLIPS = ("exact", "adaptive")
+BAD_RECORDS = ("refuse", "skip")
+ON_SAVE_ERROR = ("continue", "stop")
+ON_BAD_STEPS = ("stop", "rollback")
 DTYPES = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 
 # The same rates serve float32 and 16-bit weights, because 16-bit weights are rounded stochastically: an update that is
@@ -30,12 +33,40 @@ MODEL_AND_DATA = "model and data"
 OPTIMISATION = "optimisation"
 MEMORY = "memory and speed"
 OUTPUT = "output"
-GROUPS = (MODEL_AND_DATA, OPTIMISATION, MEMORY, OUTPUT)
+SAFETY = "checkpoints and bad steps"
+GROUPS = (MODEL_AND_DATA, OPTIMISATION, MEMORY, OUTPUT, SAFETY)
+
+# They may differ from those of the checkpoint that is resumed: the weights and losses are the same.
+FREE_TO_CHANGE = (
+    "output", "eval_every", "log_every", "weights", "clip_memory", "save_every", "keep_checkpoints", "on_save_error", "resume",
+    "allow_changes", "max_bad_steps", "on_bad_steps", "trust_remote_code",
+)  # fmt: skip
+ABOUT_RESUMING = ("resume", "allow_changes")  # how a process began, not a setting of the run
 
 
-def _option(group: str, text: str, choices: Sequence[str] = (), metavar: str | None = None, **default: Any) -> Any:
-    """A field with what ``--help`` says about it: group, description, the values it may have, what stands for one."""
-    metadata = {"group": group, "help": text, "choices": tuple(choices), "metavar": metavar}
+def _option(
+    group: str,
+    text: str,
+    choices: Sequence[str] = (),
+    metavar: str | None = None,
+    alone: str | None = None,
+    numbers: bool = False,
+    **default: Any,
+) -> Any:
+    """A field with what ``--help`` says about it.
+
+    Args:
+        group: of the help.
+        text: what it does.
+        choices: values it may have.
+        metavar: what stands for one.
+        alone: the value of the flag without one.
+        numbers: a number in a config file is taken for its text.
+        default: of the dataclass field.
+    """
+    metadata = {
+        "group": group, "help": text, "choices": tuple(choices), "metavar": metavar, "alone": alone, "numbers": numbers,
+    }  # fmt: skip
     return dataclasses.field(metadata=metadata, **default)
 
 
@@ -66,6 +97,12 @@ class TrainConfig:
         "the share of the training records that is held out when there is no eval_data; 0 trains on all of them and "
         "evaluates nothing",
         default=0.05,
+    )
+    bad_records: str = _option(
+        MODEL_AND_DATA,
+        "lines of the data that are no usable record: refuse the file, or skip them, count them and say where they are",
+        BAD_RECORDS,
+        default="refuse",
     )
     max_seq_len: int = _option(
         MODEL_AND_DATA, "tokens in a sequence at most; what is longer is cut into several or truncated", default=512
@@ -179,6 +216,68 @@ class TrainConfig:
         OUTPUT, "steps between two lines of progress where the output is not a terminal", default=10
     )
 
+    save_every: str | None = _option(
+        SAFETY,
+        "write a checkpoint after every so many steps, or after every such time, like 15m or 2h; default: only when the run is "
+        "interrupted",
+        default=None,
+        metavar="STEPS|TIME",
+        numbers=True,
+    )
+    keep_checkpoints: int = _option(
+        SAFETY, "so many of the newest checkpoints are kept; an older one goes when a new one is on the disk", default=2
+    )
+    on_save_error: str = _option(
+        SAFETY,
+        "when a checkpoint cannot be written (disk full): go on without it, or stop",
+        ON_SAVE_ERROR,
+        default="continue",
+    )
+    resume: str | None = _option(
+        SAFETY,
+        "go on from a checkpoint, bit for bit: latest is the newest whole one in the output directory; auto is the same, or the "
+        "beginning if there is none; or the directory of a checkpoint; the flag alone means latest",
+        default=None,
+        metavar="latest|auto|DIR",
+        alone="latest",
+    )
+    allow_changes: bool = _option(
+        SAFETY, "resume although settings differ from those of the checkpoint, with the new ones", default=False
+    )
+    spike_factor: float | None = _option(
+        SAFETY,
+        "skip a step whose loss is more than so many times the average of the last 20 good ones; default: only steps that are "
+        "not finite are skipped",
+        default=None,
+    )
+    max_bad_steps: int = _option(SAFETY, "so many skipped steps in a row are too many", default=10)
+    on_bad_steps: str = _option(
+        SAFETY,
+        "what then: stop, or rollback to the last checkpoint and go on with the data behind the bad steps, three times at most",
+        ON_BAD_STEPS,
+        default="stop",
+    )
+
+    @property
+    def save_steps(self) -> int | None:
+        """Steps between two checkpoints, if ``save_every`` says so."""
+        return int(self.save_every) if self.save_every is not None and self.save_every.isdigit() else None
+
+    @property
+    def save_seconds(self) -> float | None:
+        """Seconds between two checkpoints, if ``save_every`` says so."""
+        if self.save_every is None or self.save_every.isdigit():
+            return None
+        try:
+            return parse_duration(self.save_every)
+        except ValueError as error:
+            raise ValueError(f"save_every: {error}") from None
+
+    @property
+    def num_checkpoints_at_once(self) -> int:
+        """The most checkpoints that are on the disk at a time; one more than are kept, while it is written."""
+        return 0 if self.save_every is None else self.keep_checkpoints + 1
+
     @property
     def effective_lr(self) -> float:
         """The highest learning rate: ``lr``, or the default of the optimizer."""
@@ -211,6 +310,10 @@ class TrainConfig:
             raise ValueError(
                 f"micro_batch_size must not be larger than batch_size ({self.batch_size}), got {self.micro_batch_size}"
             )
+        if self.save_every is not None and (self.save_steps == 0 or self.save_seconds == 0):
+            raise ValueError("save_every must be at least one step, or a time above 0")
+        if self.on_bad_steps == "rollback" and self.save_every is None:
+            raise ValueError("on_bad_steps rollback needs checkpoints to go back to: set save_every")
         if self.rounding in ("stochastic", "compensated") and self.dtype in ("float32", "fp32"):
             raise ValueError(
                 f"rounding {self.rounding} is for 16-bit weights and means nothing for dtype float32: leave it out"
@@ -248,6 +351,9 @@ def _check_choices(config: TrainConfig) -> None:
         ("schedule", SCHEDULES),
         ("dtype", DTYPES),
         ("clip", CLIPS),
+        ("bad_records", BAD_RECORDS),
+        ("on_save_error", ON_SAVE_ERROR),
+        ("on_bad_steps", ON_BAD_STEPS),
         ("rounding", (*ROUNDINGS, None)),
     ):
         value = getattr(config, name)
@@ -277,6 +383,8 @@ def _check_ranges(config: TrainConfig) -> None:
         "log_every",
         "threads",
         "clip_warmup_steps",
+        "keep_checkpoints",
+        "max_bad_steps",
     )
     for name, least in [*((name, 1) for name in counts), ("max_seq_len", 2), ("seed", 0)]:
         value = getattr(config, name)
@@ -290,6 +398,8 @@ def _check_ranges(config: TrainConfig) -> None:
         # written so that NaN fails too
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be a number above 0, got {value}")
+    if config.spike_factor is not None and not 1 < config.spike_factor < float("inf"):
+        raise ValueError(f"spike_factor must be a number above 1, got {config.spike_factor}")
     if not 0 <= config.weight_decay < float("inf"):
         raise ValueError(f"weight_decay must be 0 or more, got {config.weight_decay}")
     for name in ("eval_fraction", "warmup_ratio"):

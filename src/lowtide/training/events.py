@@ -6,8 +6,13 @@ Every event has ``event``, ``step`` (steps taken so far) and ``time`` (seconds s
     train   loss (of the batch, before its update), lr, grad_norm (None where unknown), num_tokens, tokens_per_s,
             memory_bytes, epoch, skipped (True: loss or gradient was not finite and nothing was updated), partial (True:
             the same, found when some parameters had been updated), loss_scale (None where the loss is not scaled),
-            lost_updates (share of updates that left their 16-bit weight as it was; None where nothing was sampled)
+            lost_updates (share of updates that left their 16-bit weight as it was; None where nothing was sampled), spike (True:
+            skipped because its loss was far above those before it)
     eval    loss, perplexity, num_tokens, memory_bytes
+    resume  checkpoint (its directory), num_batches (of the data, used so far); in the file everything behind the checkpoint's
+            place is dropped first, so that every step is there once
+    checkpoint  path, seconds, num_bytes, interrupted (it was written because the run was asked to stop), or error: it could not be
+            written
     end     loss_before, loss_after, peak_memory_bytes, num_skipped, interrupted, wall_s
 """
 
@@ -15,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -27,16 +33,46 @@ Listener = Callable[[Event], None]
 class EventLog:
     """Writes every event as one line of JSON, at once, so that a crash leaves a readable file.
 
+    The file is locked as long as it is open, where the operating system has locks: two runs never write into one.
+
     Args:
-        path: file to write. It must not exist yet.
+        path: file to write. It must not exist yet, unless ``existing`` says that it may.
+        existing: go on with it, if it is there.
 
     Raises:
-        FileExistsError: there is such a file; nothing is overwritten.
+        FileExistsError: there is such a file; nothing is overwritten. Or another process writes to it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, existing: bool = False) -> None:
         self.path = path
-        self._file: IO[str] = path.open("x", encoding="utf-8")
+        self._file: IO[str] = path.open("a" if existing else "x", encoding="utf-8")
+        self._lock()
+
+    def cut(self, position: int) -> None:
+        """Keep the first so many bytes only: what follows them will be written anew."""
+        self._file.flush()
+        if position < self._file.tell():
+            self._file.truncate(position)
+            self._file.seek(0, os.SEEK_END)
+
+    def position(self) -> int:
+        """Bytes of the file, which are on the disk when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise FileExistsError(f"another process trains into {self.path.parent}: wait for it, or stop it") from None
+        except OSError:  # a file system without locks
+            return
 
     def __call__(self, event: Event) -> None:
         """Append one event. Not a number and infinity become null, because JSON has neither."""

@@ -1,4 +1,4 @@
-"""Ctrl-C during training: the step that runs is finished and the model saved, instead of dying halfway through a step.
+"""Ctrl-C or SIGTERM during training: the step that runs is finished and saved, instead of dying halfway through a step.
 
 A fused update changes the weights during the backward, so a step that is cut short leaves half of the weights a step
 ahead of the others.
@@ -13,27 +13,34 @@ from typing import Any, Self
 
 
 class StopAfterStep:
-    """While it is entered, the first Ctrl-C only sets ``requested``; a second one raises KeyboardInterrupt as usual.
+    """While it is entered, the first SIGINT (Ctrl-C) or SIGTERM only sets ``requested``; a second one raises KeyboardInterrupt.
 
     Outside the main thread, where Python allows no signal handler, it does nothing.
+
+    Attributes:
+        requested: it was asked to stop.
+        signal_number: by this signal; None before.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: Any = None
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.signal_number = True, number

@@ -23,8 +23,8 @@ from ..optim import Lomo
 from ..planning import Footprint, peak_resident_bytes, resident_bytes
 from .config import TrainConfig
 from .planned import predicted
+from .run import prepare
 from .setup import existing_folder, resolve_device, without_cache
-from .trainer import prepare
 
 WEIGHTS, POOLS, STATE, GRADIENTS, KEPT, REST = (
     "weights", "pools", "optimizer state", "gradients", "kept block inputs", "one block's work, logits, temporaries, allocator",

@@ -31,7 +31,7 @@ class ConsoleProgress:
         self.log_every = log_every
         self._num_steps = 0
         self._tokens_per_s = 0.0
-        self._first_time: float | None = None
+        self._first: tuple[int, float] | None = None  # step and time of the first one seen
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -47,6 +47,11 @@ class ConsoleProgress:
                 f"step {event['step']}: held-out loss {event['loss']:.4f}, perplexity {event['perplexity']:.2f} "
                 f"({event['num_tokens']} tokens)"
             )
+        elif kind == "checkpoint" and "path" in event:
+            size, seconds = format_bytes(event["num_bytes"]), format_duration(event["seconds"])
+            self._say(f"step {event['step']}: checkpoint {event['path']} ({size}, {seconds})")
+        elif kind == "resume":
+            self._say(f"going on from {event['checkpoint']}, step {event['step']}")
         elif kind == "end":
             self.close()
 
@@ -75,8 +80,8 @@ class ConsoleProgress:
             self._advance(event)
         elif event["step"] % self.log_every == 0 or event["step"] == self._num_steps:
             self._say(self._line(event))
-        if self._first_time is None:
-            self._first_time = event["time"]
+        if self._first is None:
+            self._first = (event["step"], event["time"])
 
     def _advance(self, event: Event) -> None:
         if self._bar is None:
@@ -109,7 +114,8 @@ class ConsoleProgress:
 
     def _seconds_left(self, event: Event) -> float:
         """From the mean time of a step so far, without the first, which warms up caches, once there are others."""
-        if self._first_time is None:
+        if self._first is None:
             return (self._num_steps - event["step"]) * event["num_tokens"] / max(event["tokens_per_s"], 1e-9)
-        per_step = (event["time"] - self._first_time) / max(1, event["step"] - 1)
+        first_step, first_time = self._first
+        per_step = (event["time"] - first_time) / max(1, event["step"] - first_step)
         return (self._num_steps - event["step"]) * per_step

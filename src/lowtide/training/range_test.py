@@ -28,15 +28,16 @@ from .events import Listener, finite
 from .interrupt import StopAfterStep
 from .lr_curve import Reading, divergence, read_curve, sweep_rates
 from .progress import ConsoleProgress
+from .run import prepare
 from .setup import check_output, existing_folder, resolve_device, without_cache
 from .snapshot import restored_afterwards
-from .trainer import outcome, prepare
+from .trainer import outcome
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..data import Batches
-    from .trainer import _Run
+    from .run import Run
 
 # Lowest and highest rate of the sweep. The highest costs nothing, because the sweep ends where the loss diverges. Plain
 # gradient steps are as long as the gradient, whose norm may be anything unless it is clipped; see ``default_range``.
@@ -151,7 +152,9 @@ def find_lr(
     if num_steps < 10:
         raise ValueError(f"num_steps must be at least 10, got {num_steps}")
     # Enough batches for the sweep, those that are watched included; the rate of every step is set below.
-    changes: dict[str, Any] = {"lr": None, "epochs": None, "max_steps": num_steps + _NUM_WATCHED}
+    changes: dict[str, Any] = {
+        "lr": None, "epochs": None, "max_steps": num_steps + _NUM_WATCHED, "resume": None, "save_every": None, "on_bad_steps": "stop",
+    }  # fmt: skip
     if model is not None and config.weights != "device":
         raise ValueError(
             f"find_lr with a model that is loaded already restores its weights on the device: weights must be device, got {config.weights}"
@@ -183,7 +186,7 @@ class _Sweep:
         stop: asks to end with KeyboardInterrupt.
     """
 
-    def __init__(self, run: _Run, rates: Sequence[float], stop: StopAfterStep) -> None:
+    def __init__(self, run: Run, rates: Sequence[float], stop: StopAfterStep) -> None:
         self.run, self.rates, self.stop = run, rates, stop
         self.batches = iter(run.batches())
         self.held_out = run.data.held_out is not None

@@ -47,6 +47,19 @@ class Reporter:
         self._device = device
         self._start = self._last = time.perf_counter()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs."""
+        counts = ("num_steps", "num_skipped", "num_skipped_in_a_row")
+        return {"seconds": self.seconds(), **{name: getattr(self, name) for name in counts}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; time goes on from there."""
+        for name, value in state.items():
+            if name != "seconds":
+                setattr(self, name, value)
+        self._last = time.perf_counter()
+        self._start = self._last - state["seconds"]
+
     def seconds(self) -> float:
         """Seconds since the run began."""
         return time.perf_counter() - self._start
@@ -77,6 +90,15 @@ class Reporter:
         """Report a held-out score. Its time does not count as time of a step."""
         scores = {"loss": result.loss, "perplexity": result.perplexity, "num_tokens": result.num_tokens}
         self._tell("eval", **scores, **self._memory())
+        self._last = time.perf_counter()
+
+    def resume(self, checkpoint: str, num_batches: int) -> None:
+        """Report that the run goes on from a checkpoint."""
+        self._tell("resume", checkpoint=checkpoint, num_batches=num_batches)
+
+    def checkpoint(self, **facts: Any) -> None:
+        """Report a checkpoint that was written, or could not be. Its time does not count as time of a step."""
+        self._tell("checkpoint", **facts)
         self._last = time.perf_counter()
 
     def end(self, result: TrainResult) -> None:

@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..data import Batches, Example, Record, TokenStats, encode_records, read_records, split_held_out
+from ..log import get_logger
 from ..optim import AdaLomo, Lomo, PerParameter
 from ..units import format_bytes
+from ..weights.working_copy import MARKER
+from .checkpoint import FOLDER, list_checkpoints
 from .config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_logger = get_logger(__name__)
+
+_SHOWN_BAD = 10  # records that are skipped are named one by one up to here
+_OWN_CACHE = "_lowtide_own_use_cache"  # attribute of a model whose cache is switched off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +45,12 @@ class TrainData:
     stats: TokenStats
 
 
-def check_output(output: str | Path) -> Path:
+def check_output(output: str | Path, *, resumed: bool = False) -> Path:
     """The output directory, if it is new or empty and can be made. Nothing is made yet.
+
+    Args:
+        output: the directory.
+        resumed: it may hold a run of lowtide, which is gone on with.
 
     Raises:
         FileExistsError: it is a file, or it holds something.
@@ -46,36 +59,60 @@ def check_output(output: str | Path) -> Path:
     path = Path(output).expanduser()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"output {path} is a file; name a new or empty directory")
-    if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(
-            f"output directory {path} is not empty, and nothing in it will be overwritten; name a new one or empty it"
-        )
+    if path.is_dir() and any(not _is_leftover(each) for each in path.iterdir()):
+        is_run = (path / "config.yaml").is_file()
+        if not (resumed and is_run):
+            what = "name a new one or empty it"
+            if is_run:
+                what = "name a new one, or go on with the run that is in it with resume latest"
+            elif resumed:
+                what = "there is no run of lowtide in it to go on with"
+            raise FileExistsError(
+                f"output directory {path} is not empty, and nothing in it will be overwritten; {what}"
+            )
     existing = existing_folder(path)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"output directory {path} cannot be made: {existing} is not a directory you may write to")
     return path
 
 
-def check_disk(output: Path, model: torch.nn.Module, working_copy: Path | None = None) -> None:
+def _is_leftover(path: Path) -> bool:
+    """Of a run that was killed before it began."""
+    return path.name == ".config.yaml.tmp" or (path.name == "weights" and (path / MARKER).is_file())
+
+
+def check_disk(
+    output: Path,
+    model: torch.nn.Module,
+    working_copy: Path | None = None,
+    num_checkpoints: int = 0,
+    state_bytes: int = 0,
+) -> None:
     """Refuse to train for hours towards a model that cannot be saved.
 
     Args:
         output: where the model will be saved, as large as its weights.
         model: with its weights, or stand-ins for them.
         working_copy: a directory that will hold the weights, too.
+        num_checkpoints: on the disk at a time.
+        state_bytes: of the optimizer state, which is in every checkpoint beside the weights.
 
     Raises:
         OSError: the disk of the output directory has too little room.
     """
     existing = existing_folder(output)
-    needed = sum(param.numel() * param.element_size() for param in model.parameters())
-    if working_copy is not None and existing_folder(working_copy).stat().st_dev == existing.stat().st_dev:
-        needed *= 2
+    weights = sum(param.numel() * param.element_size() for param in model.parameters())
+    shares = working_copy is not None and existing_folder(working_copy).stat().st_dev == existing.stat().st_dev
+    there = len(list_checkpoints(output / FOLDER))
+    needed = weights * (1 + shares) + (weights + state_bytes) * max(0, num_checkpoints - there)
     free = shutil.disk_usage(existing).free
     if free < needed:
+        parts = ["the trained model", *(["its working copy"] if shares else [])]
+        parts += [f"{num_checkpoints} checkpoints"] if num_checkpoints else []
+        what = f"{', '.join(parts[:-1])} and {parts[-1]} take" if len(parts) > 1 else f"{parts[0]} takes"
         raise OSError(
-            f"the trained model{' and its working copy take' if working_copy else ' takes'} {format_bytes(needed)}, but the disk of the output directory {output} has "
-            f"{format_bytes(free)} left: free some or choose another output"
+            f"{what} {format_bytes(needed)}, but the disk of the output directory {output} has {format_bytes(free)} left: free "
+            "some or choose another output" + (", or keep fewer checkpoints" if num_checkpoints else "")
         )
 
 
@@ -95,11 +132,28 @@ def without_cache(model: torch.nn.Module) -> Iterator[None]:
     kept = getattr(config, "use_cache", None)
     if kept is not None:
         config.use_cache = False  # type: ignore[union-attr]
+        setattr(model, _OWN_CACHE, kept)
     try:
         yield
     finally:
         if kept is not None:
             config.use_cache = kept  # type: ignore[union-attr]
+            delattr(model, _OWN_CACHE)
+
+
+@contextmanager
+def with_own_cache(model: torch.nn.Module) -> Iterator[None]:
+    """Inside :func:`without_cache`: the config as the model's makers set it, to be saved."""
+    config = getattr(model, "config", None)
+    own = getattr(model, _OWN_CACHE, None)
+    if own is None:
+        yield
+        return
+    config.use_cache = own  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        config.use_cache = False  # type: ignore[union-attr]
 
 
 def resolve_device(name: str) -> str:
@@ -126,9 +180,9 @@ def read_data(config: TrainConfig) -> tuple[list[Record], list[Record]]:
     Raises:
         FileNotFoundError, ValueError: a file is missing, malformed or empty, or there are too few records to hold out.
     """
-    records = read_records(config.data)
+    records = _read(config, config.data)
     if config.eval_data is not None:
-        return records, read_records(config.eval_data)
+        return records, _read(config, config.eval_data)
     if config.eval_fraction == 0 or _holds_out_passages(config, records):
         return records, []
     if len(records) < 2:
@@ -137,6 +191,17 @@ def read_data(config: TrainConfig) -> tuple[list[Record], list[Record]]:
             "eval_fraction to 0"
         )
     return split_held_out(records, config.eval_fraction, config.seed)
+
+
+def _read(config: TrainConfig, paths: Sequence[str]) -> list[Record]:
+    bad: list[ValueError] = []
+    records = read_records(paths, bad.append if config.bad_records == "skip" else None)
+    for error in bad[:_SHOWN_BAD]:
+        _logger.warning("skipped: %s", error)
+    if bad:
+        more = f" (the first {_SHOWN_BAD} are named above)" if len(bad) > _SHOWN_BAD else ""
+        _logger.warning("%d of %d records were skipped%s", len(bad), len(bad) + len(records), more)
+    return records
 
 
 def encode_data(

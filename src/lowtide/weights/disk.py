@@ -6,13 +6,11 @@ Each file is ``block-00000.safetensors``, with its data beginning at a page, so 
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +19,12 @@ from ..log import get_logger
 from ..units import format_bytes
 from .direct_io import DirectFile, flush_directory, reserve
 from .layout import PAGE_BYTES, BlockLayout, aligned_buffer
+from .safetensors_file import Entry, encode_header
 from .staging import Staging
 from .working_copy import COMPLETE, WorkingCopy
 
 _logger = get_logger(__name__)
 
-# The names of these dtypes in safetensors files.
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 _KEPT_FREE_BYTES = 64 * 1024**2  # of the disk
 
 
@@ -135,6 +129,12 @@ class DiskStore:
             mapped = mmap.mmap(file.fileno(), start + layout.num_bytes, flags=flags, prot=protection)
         return [_view(mapped, start + piece.offset, piece.shape, piece.dtype) for piece in layout.pieces]
 
+    def load(self, number: int) -> list[Tensor]:
+        """See :class:`lowtide.weights.streamed.Store`."""
+        buffer = aligned_buffer(self._layouts[number].num_bytes, torch.device("cpu"))
+        self._files[number].read(buffer, self._starts[number])
+        return [piece.view(buffer) for piece in self._layouts[number].pieces]
+
     def flush(self) -> None:
         """Everything is on the disk, and the copy is whole: say so in its marker."""
         for file in self._files:
@@ -158,19 +158,10 @@ class DiskStore:
 
 def _header(layout: BlockLayout) -> bytes:
     """The header of a safetensors file, padded so that the data begins at a page. The padding behind is a tensor, too."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for piece in layout.pieces:
-        entries[piece.name] = {
-            "dtype": _DTYPE_NAMES[piece.dtype],
-            "shape": list(piece.shape),
-            "data_offsets": [piece.offset, piece.offset + piece.num_bytes],
-        }
+    entries: list[Entry] = [(piece.name, piece.dtype, piece.shape) for piece in layout.pieces]
     if layout.num_bytes > layout.used_bytes:
-        shape = [layout.num_bytes - layout.used_bytes]
-        entries["__padding__"] = {"dtype": "U8", "shape": shape, "data_offsets": [layout.used_bytes, layout.num_bytes]}
-    text = json.dumps(entries).encode()
-    total = -(-(len(text) + 8) // PAGE_BYTES) * PAGE_BYTES
-    return (total - 8).to_bytes(8, "little") + text.ljust(total - 8)
+        entries.append(("__padding__", torch.uint8, [layout.num_bytes - layout.used_bytes]))
+    return encode_header(entries, align=PAGE_BYTES)
 
 
 def _view(mapped: mmap.mmap, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -51,7 +51,7 @@ class HostStore:
         """See :class:`lowtide.weights.streamed.Store`."""
         return [piece.view(self._buffers[number]) for piece in self._layouts[number].pieces]
 
-    detach = tensors
+    detach = load = tensors
 
     def flush(self) -> None:
         """Nothing to do."""

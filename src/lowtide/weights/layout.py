@@ -8,7 +8,7 @@ by mistake gets NaN, and writing to it is an error of torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,19 @@ class Piece:
     def view(self, buffer: Tensor) -> Tensor:
         """The parameter's values in a buffer, uint8 and one-dimensional."""
         return buffer[self.offset : self.offset + self.num_bytes].view(self.dtype).view(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Parameters and buffers of a model that are saved together, so that never more of them are in memory.
+
+    Attributes:
+        names: in the model.
+        load: gives their values by name, on any device; to be dropped before the next part is asked for.
+    """
+
+    names: tuple[str, ...]
+    load: Callable[[], dict[str, Tensor]]
 
 
 class BlockLayout:

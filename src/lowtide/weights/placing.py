@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .disk import DiskStore
 from .home import DeviceHome
 from .host import HostStore
-from .layout import BlockLayout
+from .layout import BlockLayout, Part
 from .streamed import Store, StreamedHome
 
 DEVICE, HOST = "device", "cpu"  # everything else is a directory
@@ -64,6 +64,10 @@ class MixedHome:
         for home in self.streamed:
             found.update(home.tensors())
         return found
+
+    def parts(self) -> list[Part]:
+        """The same in parts, one a block, none of which comes into memory before it is asked for."""
+        return [part for home in self.streamed for part in home.parts()]
 
     def discard(self) -> None:
         """After :meth:`close`: remove working copies on disk. Parameters that are mapped from them stay usable on POSIX."""
@@ -121,7 +125,8 @@ def place(
         assert device is not None
         store = _store(place_name, device)
         store.adopt(layouts, value_of)
-        members_of = {member: number for number, (members, _) in enumerate(entries) for member in members}
+        number_of = {member: number for number, (members, _) in enumerate(entries) for member in members}
+        members_of = {block: number_of[block] for block in blocks if block in number_of}
         homes.update(dict.fromkeys(members_of, StreamedHome(layouts, members_of, store, device)))
     streamed = {p for name, entries in by_home.items() if name != DEVICE for _, params in entries for p in params}
     for param, name in names.items():

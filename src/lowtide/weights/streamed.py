@@ -2,7 +2,7 @@
 
 Every block is one flat buffer (``layout.py``). ``fetch`` makes its parameters views of a slot of the pool; ``release`` and
 ``write_back`` end that. The next block is read into another slot meanwhile, and an updated one written out from its own.
-Nothing is allocated in the loop, and a block that is still in the pool from its last use is not read again.
+Nothing is allocated in the loop (as long as blocks are used in the expected order), and a block that is still in the pool from its last use is not read again.
 
 What must wait for what, for every slot:
 
@@ -13,7 +13,9 @@ What must wait for what, for every slot:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -21,10 +23,9 @@ from torch import Tensor, nn
 
 from .home import MemoryTrim
 from .lanes import Lane, Transfer, make_lane
-from .layout import BlockLayout, aligned_buffer
+from .layout import BlockLayout, Part
+from .pool import DEFAULT_NUM_SLOTS, Slot, choose, slot_sizes
 from .prefetch import RELEASED, UPDATED, Order
-
-DEFAULT_NUM_SLOTS = 3  # the block in use, the one before it on its way out, the next on its way in
 
 
 class Store(Protocol):
@@ -44,6 +45,9 @@ class Store(Protocol):
     def tensors(self, number: int) -> list[Tensor]:
         """The values of a block's pieces where they are, without a copy; to be read only."""
 
+    def load(self, number: int) -> list[Tensor]:
+        """The same in host memory, not mapped; to be read only, and dropped before the next step."""
+
     def detach(self, number: int) -> list[Tensor]:
         """The same, to be kept and changed by an ordinary model."""
 
@@ -57,29 +61,16 @@ class Store(Protocol):
         """Remove what is not needed any more."""
 
 
-class Slot:
-    """A buffer of the pool."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
-        self.block: int | None = None
-        self.num_users = 0
-        self.last_use = 0
-        self.reading: Transfer | None = None
-        self.writing: Transfer | None = None
-        self.computed: Transfer | None = None  # the computation that used it last
-
-
 class StreamedHome:
     """Weights live in a store and visit the device.
 
     Args:
         layouts: of the blocks that are streamed, in the order of the forward pass.
-        members: for every module that the engine calls a block, the number of its layout.
+        members: for every module that the engine calls a block, the number of its layout; in the order of the forward pass.
         store: where their bytes are.
         device: where they are computed on.
         lanes: for reading and for writing; None for the usual ones.
-        num_slots: buffers of the pool, at least 2.
+        num_slots: buffers of the pool, where there are so many blocks.
     """
 
     def __init__(
@@ -98,8 +89,8 @@ class StreamedHome:
             make_lane(device, "write", blocks_host=waits),
         )
         self._order = Order(range(len(self.layouts)))
-        size = max(layout.num_bytes for layout in self.layouts)
-        self._slots = [Slot(aligned_buffer(size, device)) for _ in range(max(2, min(num_slots, len(self.layouts))))]
+        sizes = slot_sizes([layout.num_bytes for layout in self.layouts], list(members.values()), num_slots)
+        self._slots = [Slot(size, device) for size in sizes]
         self._written: dict[int, Transfer] = {}  # the last write of each block
         self._trains = [any(param.requires_grad for param in layout.params) for layout in self.layouts]
         self._clock, self._trim = 0, MemoryTrim()
@@ -118,7 +109,7 @@ class StreamedHome:
             slot.num_users += 1
             return
         if slot is None:
-            slot = self._start_reading(number, keep=())
+            slot = self._start_reading(number)
         else:
             self.num_hits += 1
         for transfer in (slot.reading, slot.writing):
@@ -161,33 +152,49 @@ class StreamedHome:
     def _slot_of(self, number: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.block == number), None)
 
-    def _start_reading(self, number: int, keep: Sequence[int]) -> Slot:
-        free = [slot for slot in self._slots if not slot.num_users and slot.block not in keep]
+    def _start_reading(self, number: int) -> Slot:
+        """Read a block that is needed now."""
+        free = [slot for slot in self._slots if not slot.num_users]
         if not free:
             raise RuntimeError(
                 f"{len(self._slots)} blocks are in use at once, which is all that the pool on the device holds: a block is called "
                 "within another one"
             )
-        # An empty one; else one that waits for no write; else the one used longest ago.
-        slot = min(free, key=lambda s: (s.block is not None, not _over(s.writing), s.last_use))
+        slot = self._choose(free, number)
+        if slot is None:  # the order of uses is not the usual one
+            slot = max(free, key=lambda s: s.num_bytes)
+            slot.grow(self.layouts[number].num_bytes)
+        self._read_into(slot, number)
+        return slot
+
+    def _prefetch(self) -> None:
+        """Read the first block ahead that is not in the pool, unless all slots are used before it."""
+        keep: list[int] = []
+        for number in islice(self._ahead(), 2 * len(self._slots)):
+            if self._slot_of(number) is None:
+                free = [slot for slot in self._slots if not slot.num_users and slot.block not in keep]
+                if (slot := self._choose(free, number)) is not None:
+                    self._read_into(slot, number)
+                return
+            keep.append(number)
+
+    def _choose(self, free: Sequence[Slot], number: int) -> Slot | None:
+        ahead = islice(self._ahead(), len(self._slots) - 1)
+        soon = max((self.layouts[each].num_bytes for each in ahead), default=0)
+        return choose(free, self.layouts[number].num_bytes, soon)
+
+    def _ahead(self) -> Iterator[int]:
+        for number in self._order.ahead():
+            assert isinstance(number, int)
+            yield number
+
+    def _read_into(self, slot: Slot, number: int) -> None:
         slot.reading = self._read_lane.submit(
             self.store.reader(number, slot.buffer[: self.layouts[number].num_bytes]),
             after=(slot.computed, slot.writing, self._written.get(number)),
         )
         slot.block, slot.writing, slot.computed = number, None, None
         self.num_reads += 1
-        return slot
-
-    def _prefetch(self) -> None:
-        """Read the first block ahead that is not in the pool, unless all slots are used before it."""
-        keep: list[int] = []
-        for number, _ in zip(self._order.ahead(), range(2 * len(self._slots)), strict=False):
-            assert isinstance(number, int)
-            if self._slot_of(number) is None:
-                if any(not slot.num_users and slot.block not in keep for slot in self._slots):
-                    self._start_reading(number, keep)
-                return
-            keep.append(number)
 
     # Before and after -----------------------------------------------------------------------------------------------
 
@@ -208,6 +215,16 @@ class StreamedHome:
             for number, layout in enumerate(self.layouts)
             for piece, value in zip(layout.pieces, self.store.tensors(number), strict=True)
         }
+
+    def parts(self) -> list[Part]:
+        """All streamed parameters, block by block, in host memory when they are asked for; see :meth:`tensors`."""
+        self.synchronize()
+
+        def load(number: int) -> dict[str, Tensor]:
+            return dict(zip(names[number], self.store.load(number), strict=True))
+
+        names = [tuple(piece.name for piece in layout.pieces) for layout in self.layouts]
+        return [Part(names[number], partial(load, number)) for number in range(len(names))]
 
     def close(self, whole: bool = True) -> None:
         """Give the parameters values that an ordinary model can work with, in host memory or mapped from the disk.
@@ -230,7 +247,3 @@ class StreamedHome:
                     param.data = value
             self.store.close()
             self._slots = []
-
-
-def _over(transfer: Transfer | None) -> bool:
-    return transfer is None or transfer.finished()

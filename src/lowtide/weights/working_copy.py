@@ -85,6 +85,25 @@ class WorkingCopy:
             self.directory.rmdir()
 
 
+def discard_torn(directory: Path) -> bool:
+    """Remove a working copy whose run ended in the middle and that no process uses. Returns whether there was one.
+
+    A copy that ended in good order, and anything else, is left alone.
+    """
+    marker = directory / MARKER
+    if not marker.is_file() or _is_locked(marker):
+        return False
+    try:
+        facts = json.loads(marker.read_text())
+    except ValueError:  # the crash came while it was written
+        facts = {}
+    if facts.get("status") == COMPLETE:
+        return False
+    for path in [*directory.glob("block-*.safetensors"), marker]:
+        path.unlink(missing_ok=True)
+    return True
+
+
 def _refuse_used(directory: Path) -> None:
     marker = directory / MARKER
     if not marker.exists():

@@ -1,0 +1,142 @@
+"""The weights of a model as safetensors files in Hugging Face's layout, written part by part, so that saving takes the memory of one
+decoder layer and no more, wherever the weights live.
+
+transformers keeps some models in memory otherwise than in files (experts of mixtures are joined, a few tensors renamed). That is
+undone part by part; how the files will look is found out beforehand on the meta device, where tensors have no memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..weights.layout import Part
+from ..weights.safetensors_file import Entry, write_file
+from .blocks import find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SHARD_BYTES = 2 * 1024**3
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def write_weights(model: PreTrainedModel, directory: Path, parts: Sequence[Part] | None = None) -> dict[str, str]:
+    """Write all weights of a model, and the index if there are several files.
+
+    Args:
+        model: of transformers.
+        directory: exists, and holds no weights.
+        parts: where the values come from; None for the model itself.
+
+    Returns:
+        SHA-256 of each file of weights, by its name.
+
+    Raises:
+        OSError: the disk is full or failed.
+    """
+    shards = _plan(model, parts_of(model) if parts is None else parts)
+    names = [_SINGLE] if len(shards) == 1 else [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in _count(shards)]
+    digests, weight_map = {}, {}
+    for name, shard in zip(names, shards, strict=True):
+        entries = [entry for _, entries in shard for entry in entries]
+        digests[name] = write_file(directory / name, entries, _tensors(model, shard))
+        weight_map.update({entry[0]: name for entry in entries})
+    if len(shards) > 1:
+        total = sum(_bytes(entries) for shard in shards for _, entries in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return digests
+
+
+def parts_of(model: torch.nn.Module, known: Sequence[Part] = ()) -> list[Part]:
+    """What is to be saved of a model, tied weights once: a part for each decoder layer, and one for the rest.
+
+    Args:
+        model: whose own tensors are taken for what is not in ``known``.
+        known: parts that come from elsewhere.
+    """
+    names = _saved_names(model)
+    left = dict.fromkeys(names)
+    for part in known:
+        for name in part.names:
+            left.pop(name, None)
+    modules = {module: name for name, module in model.named_modules()}
+    parts = list(known)
+    for block in find_blocks(model):
+        prefix = modules[block] + "."
+        inside = tuple(name for name in left if name.startswith(prefix))
+        for name in inside:
+            del left[name]
+        if inside:
+            parts.append(_own(model, inside))
+    return [_own(model, tuple(left)), *parts] if left else parts
+
+
+def _own(model: torch.nn.Module, names: tuple[str, ...]) -> Part:
+    def load() -> dict[str, Tensor]:
+        state = model.state_dict()
+        return {name: state[name] for name in names}
+
+    return Part(names, load)
+
+
+def _saved_names(model: torch.nn.Module) -> list[str]:
+    """Names of parameters and persistent buffers, one for each tensor, without those that transformers would not save."""
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    params = dict(model.named_parameters(remove_duplicate=False))
+    first = {name for name, _ in model.named_parameters()}
+    return [name for name in model.state_dict() if name not in ignored and (name not in params or name in first)]
+
+
+Planned = tuple[Part, list[Entry]]
+
+
+def _plan(model: PreTrainedModel, parts: Sequence[Part]) -> list[list[Planned]]:
+    """For every file its parts, and what each becomes in it."""
+    state = model.state_dict()
+    planned: list[Planned] = []
+    for part in parts:
+        on_meta = {name: torch.empty(state[name].shape, dtype=state[name].dtype, device="meta") for name in part.names}
+        found = as_in_files(model, on_meta)
+        ordered = sorted(found.items(), key=lambda item: -item[1].dtype.itemsize)
+        planned.append((part, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered]))
+    mixed = len({dtype for _, entries in planned for _, dtype, _ in entries}) > 1  # then alignment asks for a file each
+    shards: list[list[Planned]] = []
+    size = 0
+    for part, entries in planned:
+        if not shards or mixed or size + _bytes(entries) > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((part, entries))
+        size += _bytes(entries)
+    return shards
+
+
+def _tensors(model: PreTrainedModel, shard: Sequence[Planned]) -> Iterator[Tensor]:
+    for part, entries in shard:
+        values = as_in_files(model, part.load())
+        for name, _, _ in entries:
+            yield values.pop(name)
+
+
+def as_in_files(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under their names in the model, as a checkpoint of this model on the hub has them."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before 5.0 files were as models are
+        return dict(tensors)
+    return dict(revert_weight_conversion(model, tensors))
+
+
+def _bytes(entries: Sequence[Entry]) -> int:
+    return sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in entries)
+
+
+def _count(items: Sequence[Any]) -> range:
+    return range(1, len(items) + 1)

@@ -1,0 +1,166 @@
+"""Going on from a checkpoint: which one, whether the settings allow it, and everything back to where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..evaluation import LossResult
+from ..log import get_logger
+from ..optim.named_state import load_named_state, named_state
+from ..weights.working_copy import discard_torn
+from .checkpoint import FOLDER, Checkpoint, newest_checkpoint, read_checkpoint, remove_leftovers
+from .config import ABOUT_RESUMING, FREE_TO_CHANGE, TrainConfig
+from .rng import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .run import Run
+
+_logger = get_logger(__name__)
+
+# The saved state means nothing with other ones.
+_NEVER_CHANGED = ("optimizer", "dtype")
+
+
+def find_checkpoint(config: TrainConfig, output: Path) -> Checkpoint | None:
+    """The checkpoint that the settings ask for, checked; None to begin anew. What a killed process left is removed.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptCheckpointError: the one that is named is not whole.
+    """
+    remove_leftovers(output)
+    remove_leftovers(output / FOLDER)
+    for directory in (output / "weights", Path(config.weights).expanduser()):
+        if config.weights not in ("device", "cpu") and discard_torn(directory):
+            _logger.info("the torn working copy in %s was removed: its weights are in the checkpoint", directory)
+    if config.resume not in ("latest", "auto"):
+        assert config.resume is not None
+        return read_checkpoint(Path(config.resume).expanduser())
+    found = newest_checkpoint(output / FOLDER)
+    if found is None and config.resume == "latest":
+        raise FileNotFoundError(
+            f"there is no checkpoint in {output / FOLDER} to resume from; resume auto would begin anew"
+        )
+    return found
+
+
+def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """See that the run will be the one that was begun.
+
+    Raises:
+        ValueError: a setting that would change it differs; the message names each.
+    """
+    changed = changed_settings(config, checkpoint.state["config"])
+    refused = [text for name, text in changed.items() if name in _NEVER_CHANGED or not config.allow_changes]
+    if refused:
+        final = all(name in _NEVER_CHANGED for name in changed)
+        hint = "" if final else "; set them back, or allow the change with allow_changes"
+        raise ValueError(
+            f"{checkpoint.path} was written with other settings, and the run would not be the same: {', '.join(refused)}{hint}"
+        )
+    if changed:
+        _logger.warning("resumed with other settings: %s", ", ".join(changed.values()))
+
+
+def changed_settings(config: TrainConfig, saved: dict[str, Any]) -> dict[str, str]:
+    """What differs and would change the run: by name, what was and what is."""
+    now = config.to_dict()
+    default = {field.name: field.default for field in dataclasses.fields(config)}
+    return {
+        name: f"{name} was {saved.get(name, default[name])!r} and is {value!r}"
+        for name, value in now.items()
+        if name not in FREE_TO_CHANGE and saved.get(name, default[name]) != value
+    }
+
+
+def state_of(run: Run, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors of the optimizer state, everything else) of a run between two steps.
+
+    Args:
+        run: the run.
+        more: entries of the state that the run does not know.
+    """
+    tensors, plain = named_state(run.optimizer, _names(run))
+    config = run.config.to_dict()
+    return tensors, {
+        "step": run.report.num_steps,
+        "num_batches": run.num_batches,
+        "num_steps": run.num_steps,
+        "data": {"fingerprint": run.data.train.fingerprint, "steps_per_epoch": len(run.data.train)},
+        "optimizer": plain,
+        "engine": run.engine.state_dict(),
+        "report": run.report.state_dict(),
+        "random": random_state(),
+        "config": {name: value for name, value in config.items() if name not in ABOUT_RESUMING},
+        "versions": versions(run.device),
+        **more,
+    }
+
+
+def restore(run: Run, checkpoint: Checkpoint, skip_to_batch: int | None = None) -> None:
+    """Put a run that was prepared with the checkpoint's model back to where it was.
+
+    Args:
+        run: before its first step.
+        checkpoint: one that :func:`check_settings` has accepted.
+        skip_to_batch: batches of the data up to this one are passed over.
+
+    Raises:
+        ValueError: the data is not the same, or the state is that of another model.
+    """
+    state = checkpoint.state
+    fingerprint = run.data.train.fingerprint
+    if state["data"]["fingerprint"] != fingerprint and not run.config.allow_changes:
+        raise ValueError(
+            f"the training data is not what {checkpoint.path} was written with (another content, order or tokenizer), so the run "
+            "would not be the same; restore the data, or allow the change with allow_changes"
+        )
+    load_named_state(run.optimizer, _names(run), checkpoint.optimizer_tensors(), state["optimizer"])
+    run.engine.load_state_dict(state["engine"])
+    run.report.load_state_dict(state["report"])
+    run.num_batches = max(state["num_batches"], skip_to_batch or 0)
+    _set_schedule(run, state["step"])
+    _tell_versions(state["versions"], versions(run.device))
+    set_random_state(state["random"])
+
+
+def _set_schedule(run: Run, step: int) -> None:
+    # The rate of a step follows from its number alone, so there is nothing else to restore.
+    scheduler = run.scheduler
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1})
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})
+
+
+def saved_loss(state: dict[str, Any]) -> LossResult | None:
+    """The held-out score before the first step, as a checkpoint keeps it."""
+    found = state.get("loss_before")
+    return None if found is None else LossResult(**found)
+
+
+def versions(device: str) -> dict[str, str]:
+    """What else decides the last bits of a result."""
+    names = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+    return {**names, "device": kind, "threads": str(torch.get_num_threads())}
+
+
+def _tell_versions(saved: dict[str, str], now: dict[str, str]) -> None:
+    changed = [
+        f"{name} was {saved.get(name)} and is {value}" for name, value in now.items() if saved.get(name) != value
+    ]
+    if changed:
+        _logger.warning("the run goes on elsewhere, so its last bits may differ: %s", ", ".join(changed))
+
+
+def _names(run: Run) -> dict[Tensor, str]:
+    return {param: name for name, param in run.model.named_parameters()}

@@ -1,0 +1,165 @@
+"""A run before its first step: model, data, optimizer and engine, made in order of their cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..evaluation import LossResult, evaluate_loss
+from ..fusing import fuse
+from ..log import get_logger
+from ..models import load_model, load_tokenizer, parse_dtype
+from ..planning import computes_bfloat16
+from ..planning.updates import state_bytes
+from .config import TrainConfig
+from .interrupt import StopAfterStep
+from .planned import Placement, place_as_set, plan_placement
+from .report import Reporter
+from .schedule import make_schedule
+from .setup import TrainData, check_disk, count_steps, encode_data, make_optimizer, read_data, resolve_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..fusing import Engine
+
+_logger = get_logger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """What the loop works with, once all of it is there.
+
+    Attributes:
+        num_batches: batches of the data that have been used, those that were passed over included.
+        others: as named.
+    """
+
+    config: TrainConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainData
+    placement: Placement
+    device: str
+    optimizer: Optimizer
+    engine: Engine
+    scheduler: LambdaLR
+    num_steps: int
+    report: Reporter
+    stop: StopAfterStep
+    num_batches: int = 0
+
+    def batches(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(epoch, batch on the device) of every step that is left, epoch after epoch."""
+        per_epoch = len(self.data.train)
+        first, skipped = divmod(self.num_batches, per_epoch)
+        endless = (
+            (epoch, batch)
+            for epoch in itertools.count(first)
+            for batch in self.data.train.epoch(epoch, skipped if epoch == first else 0)
+        )
+        for epoch, batch in itertools.islice(endless, self.num_steps - self.report.num_steps):
+            self.num_batches += 1
+            yield epoch, {name: value.to(self.device) for name, value in batch.items()}
+
+    def evaluation_is_due(self) -> bool:
+        """After the step just taken; after the last one there is an evaluation anyway."""
+        every, step = self.config.eval_every, self.report.num_steps
+        return every is not None and step % every == 0 and step < self.num_steps
+
+    def evaluate(self) -> LossResult | None:
+        """Score the held-out data, if there is any, and report it."""
+        if self.data.held_out is None:
+            return None
+        result = evaluate_loss(self.model, self.data.held_out.epoch(0))
+        self.report.evaluation(result)
+        return result
+
+    def facts(self) -> dict[str, Any]:
+        """What the settings come to, for the first event."""
+        stats = self.data.stats
+        return {
+            "config": self.config.to_dict(),
+            "num_parameters": sum(param.numel() for param in self.model.parameters()),
+            "num_steps": self.num_steps,
+            "steps_per_epoch": len(self.data.train),
+            "lr": self.config.effective_lr,
+            "device": self.device,
+            "plan": None if self.placement.plan is None else self.placement.plan.to_dict(),
+            **{f"data_{name}": value for name, value in dataclasses.asdict(stats).items()},
+        }
+
+
+def prepare(
+    config: TrainConfig, output: Path, model: PreTrainedModel | None = None, *, source: str | None = None
+) -> Run:
+    """Everything that can be refused, in order of its cost; nothing is written yet but a working copy of the weights.
+
+    Args:
+        config: the settings, which have been validated.
+        output: where the model will be saved.
+        model: saves loading it.
+        source: the directory to load model and tokenizer from, instead of the one in the settings: a checkpoint.
+
+    Raises:
+        What ``train`` raises before its first step.
+    """
+    device = resolve_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    records, held_out = read_data(config)
+    loaded = config if source is None else dataclasses.replace(config, model=source)
+    trusted = config.trust_remote_code
+    tokenizer = load_tokenizer(loaded.model, trust_remote_code=trusted)
+    data = encode_data(config, records, held_out, tokenizer)
+    placement = plan_placement(loaded, device, output) if config.weights == "auto" else place_as_set(config)
+    dtype = parse_dtype(config.dtype)
+    if model is None:
+        where = "cpu" if placement.streamed else device
+        model = load_model(loaded.model, dtype=dtype, device=where, trust_remote_code=trusted, lazy=placement.streamed)
+    state = sum(state_bytes(param, config.optimizer, config.rounding) for param in model.parameters())
+    check_disk(output, model, placement.directory, config.num_checkpoints_at_once, state)
+    if dtype == torch.bfloat16 and not computes_bfloat16(device):
+        _logger.warning(
+            "this processor has no instructions for bfloat16: products are computed in float32 and rounded, so steps take longer "
+            "than with dtype float32, which takes twice the memory"
+        )
+    torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
+    optimizer = make_optimizer(config, model.train())
+    engine = fuse(
+        model,
+        optimizer,
+        micro_batch_size=placement.micro_batch_size,
+        clip_grad_norm=config.effective_clip_grad_norm,
+        clip_grad_value=config.clip_grad_value,
+        clip=config.clip,
+        clip_warmup_steps=config.clip_warmup_steps,
+        clip_memory_bytes=placement.clip_memory_bytes,
+        weights=placement.weights,
+        device=device if placement.streamed else None,
+        block_inputs=placement.block_inputs,
+    )
+    num_steps = count_steps(config, len(data.train))
+    schedule = make_schedule(config.schedule, num_steps, config.warmup_ratio)
+    return Run(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        placement=placement,
+        device=device,
+        optimizer=optimizer,
+        engine=engine,
+        scheduler=LambdaLR(optimizer, schedule),
+        num_steps=num_steps,
+        report=Reporter(device),
+        stop=StopAfterStep(),
+    )

@@ -1,0 +1,106 @@
+"""Writes the checkpoints of a run when they are due, and sees to it that a failed one costs nothing but itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..log import get_logger
+from ..models.saving import write_model
+from .bad_steps import SpikeGuard
+from .checkpoint import FOLDER, keep_newest, list_checkpoints, write_checkpoint
+from .events import EventLog
+from .resume import state_of
+from .setup import with_own_cache
+
+if TYPE_CHECKING:
+    from ..evaluation import LossResult
+    from .run import Run
+
+_logger = get_logger(__name__)
+
+
+class Saver:
+    """Checkpoints of one run.
+
+    Args:
+        run: between two steps whenever a method is called.
+        output: directory of the run.
+        log: its events; where it stands is part of a checkpoint.
+        guard: its recent losses are part of a checkpoint.
+    """
+
+    def __init__(self, run: Run, output: Path, log: EventLog, guard: SpikeGuard) -> None:
+        self.run, self.folder, self.log, self.guard = run, output / FOLDER, log, guard
+        self.loss_before: LossResult | None = None
+        self._last_time = time.monotonic()
+
+    def newest(self) -> Path | None:
+        """The last checkpoint of this run, or of the one that it goes on with."""
+        return next(iter(list_checkpoints(self.folder)), None)
+
+    def is_due(self) -> bool:
+        """After the step just taken. After the last one the model itself is saved."""
+        step, config = self.run.report.num_steps, self.run.config
+        if step >= self.run.num_steps:
+            return False
+        if config.save_steps is not None:
+            return step % config.save_steps == 0
+        return config.save_seconds is not None and time.monotonic() - self._last_time >= config.save_seconds
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint, or go on without if it cannot be written and the settings say so.
+
+        Raises:
+            OSError: it cannot be written, and the settings say stop.
+        """
+        if not self.is_due():
+            return
+        try:
+            self.save()
+        except OSError as error:
+            self._last_time = time.monotonic()
+            whole = f"the last whole one is {newest}" if (newest := self.newest()) else "there is none before it"
+            message = f"the checkpoint of step {self.run.report.num_steps} could not be written: {error}; {whole}"
+            self.run.report.checkpoint(error=message)
+            if self.run.config.on_save_error == "stop":
+                raise OSError(f"{message}; training stopped, free some room and go on with resume latest") from error
+            _logger.warning("%s; training goes on", message)
+
+    def save(self, interrupted: bool = False) -> Path:
+        """Write a checkpoint now, if this step has none yet, and delete those that are too many.
+
+        Raises:
+            OSError: the disk is full or failed; all earlier checkpoints are untouched.
+        """
+        run, start = self.run, time.perf_counter()
+        newest = self.newest()
+        if newest is not None and newest.name == f"step-{run.report.num_steps:08}" and self._wrote == newest:
+            return newest
+        loss_before = None if self.loss_before is None else dataclasses.asdict(self.loss_before)
+        tensors, state = state_of(
+            run,
+            metrics_bytes=self.log.position(),
+            loss_before=loss_before,
+            recent_losses=list(self.guard.recent),
+            owes_evaluation=interrupted and run.evaluation_is_due(),  # who interrupts does not want to wait for it
+        )
+        parts = run.engine.parts_of_model()
+        with with_own_cache(run.model):
+            path = write_checkpoint(
+                self.folder,
+                run.report.num_steps,
+                lambda directory: write_model(run.model, run.tokenizer, directory, parts),
+                tensors,
+                state,
+            )
+        keep_newest(self.folder, run.config.keep_checkpoints)
+        self._last_time, self._wrote = time.monotonic(), path
+        num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        seconds = time.perf_counter() - start
+        run.report.checkpoint(path=str(path), seconds=seconds, num_bytes=num_bytes, interrupted=interrupted)
+        return path
+
+    _wrote: Path | None = None
