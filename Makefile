@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit torture fuzz clean
 
 # pip is held to constraints.txt, so that everybody tests the same versions (and torch is the small CPU build there).
 $(STAMP): pyproject.toml constraints.txt
@@ -28,6 +28,14 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest
+
+# A training run is killed a hundred times at random moments and must end as if it had not been (about ten minutes).
+torture: $(STAMP)
+	$(BIN)/python tests/training/torture.py --kills 100
+
+# Broken files for ten minutes.
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/fuzz.py --minutes 10
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

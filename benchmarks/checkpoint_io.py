@@ -100,9 +100,11 @@ def measure(home: str, options: argparse.Namespace) -> dict:
             start = time.perf_counter()
             tensors, plain = named_state(optimizer, names)
             parts = engine.parts_of_model()
-            path = write_checkpoint(
-                folder / "checkpoints", number, lambda d: write_model(model, NoTokenizer(), d, parts), tensors, {"step": number, "o": plain}
-            )
+
+            def write_files(directory: Path, parts=parts) -> dict:
+                return write_model(model, NoTokenizer(), directory, parts)
+
+            path = write_checkpoint(folder / "checkpoints", number, write_files, tensors, {"step": number, "o": plain})
             times["save_s"].append(time.perf_counter() - start)
             save_peak = max(save_peak, peak_resident_bytes())
             added = max(added, peak_resident_bytes() - resident)

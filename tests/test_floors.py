@@ -29,6 +29,7 @@ FLOORS = {
 }
 SAME_FLOOR = {
     ("fusing", "models"),  # finds the blocks and the head of a Hugging Face model
+    ("planning", "weights"),  # counts the buffers that weights from elsewhere visit
     ("training", "evaluation"),  # the loop evaluates
     ("cli", "__init__"),
     ("__main__", "cli"),

@@ -33,7 +33,10 @@ def read_config_file(path: str | Path) -> list[Entry]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    entries = _from_json(path, text) if path.suffix.lower() == ".json" else _from_yaml(path, text)
+    try:
+        entries = _from_json(path, text) if path.suffix.lower() == ".json" else _from_yaml(path, text)
+    except RecursionError:
+        raise ValueError(f"{path}: lists within lists within lists, far too deep for settings") from None
     seen: dict[str, Entry] = {}
     for entry in entries:
         first = seen.setdefault(entry.key.replace("-", "_"), entry)
@@ -57,8 +60,9 @@ class _Pairs(list[tuple[str, Any]]):
 
 
 def _from_yaml(path: Path, text: str) -> list[Entry]:
-    loader = yaml.SafeLoader(text)
+    loader: yaml.SafeLoader | None = None
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return []
@@ -73,4 +77,5 @@ def _from_yaml(path: Path, text: str) -> list[Entry]:
         line = f":{mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()

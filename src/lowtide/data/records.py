@@ -278,7 +278,8 @@ def _type_name(value: Any) -> str:
 
 
 def _shown(keys: list[str], limit: int = 6) -> str:
-    return ", ".join(map(repr, keys[:limit])) + (", ..." if len(keys) > limit else "")
+    shown = [repr(key if len(key) <= 60 else f"{key[:60]}...") for key in keys[:limit]]
+    return ", ".join(shown) + (", ..." if len(keys) > limit else "")
 
 
 def _hint(row: dict[str, Any], wanted: Sequence[str]) -> str:

@@ -174,9 +174,10 @@ class Engine(BackwardPass):
         Raises:
             ValueError: running norms of parameters that this model has not.
         """
-        self._step, self.num_skipped_steps = state["num_steps"], state["num_skipped_steps"]
-        for optimizer, sampled in zip(self.optimizers, state["lost_updates"], strict=True):
-            optimizer.lost_updates.load_state_dict(sampled)
+        self._step, self.num_skipped_steps = state.get("num_steps", self._step), state["num_skipped_steps"]
+        if "lost_updates" in state:
+            for optimizer, sampled in zip(self.optimizers, state["lost_updates"], strict=True):
+                optimizer.lost_updates.load_state_dict(sampled)
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.load_state_dict(state["loss_scale"])
         if self.adaptive is not None and "adaptive" in state:

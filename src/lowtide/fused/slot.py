@@ -34,13 +34,10 @@ class Slot:
         "shared",
         "step",
         "total",
-        "update",
     )
 
     def __init__(self, engine: Engine, param: Tensor, optimizer: FusibleOptimizer, group_index: int) -> None:
         self.engine, self.param, self.optimizer, self.group_index = engine, param, optimizer, group_index
-        # Only 16-bit weights need what the optimizer does around its rule; the hook is at its limit for small tensors.
-        self.update = optimizer.update_param if param.dtype in SIXTEEN_BIT else optimizer._update
         self.shared = self.always_shared = False
         self.in_own_dtype = False  # few parts are added, as autograd would: the sum needs not be in float32
         self.total: Tensor | None = None  # of the micro-batches so far; float32 for 16-bit parameters
@@ -113,7 +110,7 @@ class Slot:
             return
         self.step = engine._step
         engine._num_updated += 1
-        self.update(self.param, grad, self.optimizer.param_groups[self.group_index], prepare)
+        self.optimizer.update_param(self.param, grad, self.optimizer.param_groups[self.group_index], prepare)
 
     def _refuse_nested(self) -> None:
         self.param.grad = None

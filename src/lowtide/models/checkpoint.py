@@ -33,10 +33,11 @@ def clear_errors(name: str, source: Path | str, what: str) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
-        causes, cause = [error], error
+    except Exception as error:  # a config that nobody foresaw fails anywhere in transformers, in any way
+        causes: list[BaseException] = [error]
+        cause: BaseException = error
         while (cause := cause.__cause__ or cause.__context__) and cause not in causes:  # type: ignore[assignment]
             causes.append(cause)
         reason = first_line(error)
@@ -108,8 +109,14 @@ def weight_files(directory: Path) -> list[Path]:
 def _shards(directory: Path, index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is damaged ({error}); copy or download it again") from error
+    outside = [name for name in names if not isinstance(name, str) or name != Path(name).name or name in ("..", ".")]
+    if outside:
+        raise ValueError(
+            f"{index} names the file {outside[0]!r}, which does not lie beside it: a model that asks for other files of yours is not "
+            "opened"
+        )
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise FileNotFoundError(

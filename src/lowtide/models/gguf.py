@@ -12,12 +12,15 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..log import get_logger
+from ..planning.footprint import skeleton
+from .checkpoint import first_line
 from .gguf_header import GgufHeader, TensorEntry, read_header
 
 if TYPE_CHECKING:
@@ -66,6 +69,17 @@ def smollm2_path() -> Path:
     return found[0]
 
 
+@contextmanager
+def refusing_damage(path: Path) -> Iterator[None]:
+    """A file whose parts contradict one another fails anywhere, in any way: say so in one line."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or contradicts itself: {first_line(error)}") from error
+
+
 def gguf_config(header: GgufHeader) -> PreTrainedConfig:
     """The transformers config of the model in a GGUF file.
 
@@ -75,7 +89,8 @@ def gguf_config(header: GgufHeader) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     if header.architecture in _DIRECT:
-        return _direct_config(header)
+        with refusing_damage(header.path):
+            return _direct_config(header)
     try:
         config = AutoConfig.from_pretrained(str(header.path.parent), gguf_file=header.path.name)
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
@@ -154,10 +169,25 @@ def load_gguf(
 
     if header.architecture not in _DIRECT:
         return _load_through_transformers(header, dtype)
-    weights = dict(_read_weights(header, config, dtype))
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    # transformers takes the tensors of a state dict as they are, without a copy.
-    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
+    with refusing_damage(header.path):
+        weights = dict(_read_weights(header, config, dtype))
+        _check_shapes(header, config, weights)
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        # transformers takes the tensors of a state dict as they are, without a copy.
+        return model_class.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+
+
+def _check_shapes(header: GgufHeader, config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> None:
+    # Before the model is made: transformers would make what does not fit anew, at the size that the header claims.
+    state = skeleton(config, torch.float32).state_dict()
+    for name, value in weights.items():
+        if name in state and state[name].shape != value.shape:
+            raise ValueError(
+                f"{header.path} contradicts itself: {name} has shape {tuple(value.shape)}, and its header asks for "
+                f"{tuple(state[name].shape)}; copy or download it again"
+            )
 
 
 def _load_through_transformers(header: GgufHeader, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:

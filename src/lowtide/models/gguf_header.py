@@ -58,6 +58,12 @@ class GgufHeader:
         return str(self.metadata.get("general.architecture", "unknown"))
 
 
+# What comes of a header that lies: lengths beyond the end, text that is none, an alignment of zero or of text, arrays in arrays.
+_DAMAGE = (
+    struct.error, UnicodeDecodeError, MemoryError, OverflowError, KeyError, ZeroDivisionError, TypeError, RecursionError,
+)  # fmt: skip
+
+
 def read_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file.
 
@@ -72,7 +78,7 @@ def read_header(path: Path) -> GgufHeader:
             raise ValueError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
         try:
             return _read(path, file)
-        except (struct.error, UnicodeDecodeError, MemoryError, OverflowError, KeyError) as error:
+        except _DAMAGE as error:
             raise ValueError(
                 f"{path} is damaged or incomplete: its header ends or breaks off at byte {file.tell()}; copy or "
                 "download it again"

@@ -13,7 +13,7 @@ from ..log import get_logger
 from ..planning import device_available_bytes, weights_bytes
 from ..units import format_bytes
 from .checkpoint import check_directory, clear_errors, first_line, weight_files
-from .gguf import gguf_config, load_gguf, open_gguf
+from .gguf import gguf_config, load_gguf, open_gguf, refusing_damage
 from .gguf_tokenizer import load_gguf_tokenizer
 from .lazy import lazy_model
 from .saving import save_model
@@ -130,7 +130,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
     name = os.fspath(name)
     if _is_gguf(name):
-        return load_gguf_tokenizer(open_gguf(name))
+        header = open_gguf(name)
+        with refusing_damage(header.path):
+            return load_gguf_tokenizer(header)
     source = _source(name)
     if isinstance(source, Path) and not any(
         (source / file).is_file()
@@ -194,6 +196,10 @@ def _load_config(name: str, source: Path | str, trust_remote_code: bool) -> PreT
 
     with clear_errors(name, source, "config"):
         config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        if not isinstance(config.architectures or [], list) or not all(
+            isinstance(e, str) for e in config.architectures or []
+        ):
+            raise ValueError(f"architectures must be a list of names, got {config.architectures!r}")
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if custom and not trust_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{name} comes with Python code of its own; if you trust it, allow it with trust_remote_code")

@@ -45,6 +45,10 @@ class SafetensorsWeights:
         """Of all tensors in the files."""
         return set(self._entries)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, by its name in the files."""
+        return tuple(self._entries[name][1]["shape"])
+
     def __call__(self, name: str) -> Tensor:
         """See :class:`lowtide.weights.LazyWeights`."""
         path, entry, start = self._entries[self.aliases.get(name, name)]
@@ -110,12 +114,24 @@ def lazy_model(
         if found is None:
             return None
         weights.aliases[name] = found
+    _check_shapes(model, weights)
     for name in persistent:
         model.get_buffer(name).copy_(weights(name))
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.lowtide_source = weights
     return model
+
+
+def _check_shapes(model: nn.Module, weights: SafetensorsWeights) -> None:
+    """
+    Raises:
+        ValueError: a tensor in the files has another shape than in the model.
+    """
+    state = model.state_dict()
+    for name, stored in weights.aliases.items():
+        if (shape := weights.shape(stored)) != tuple(state[name].shape):
+            raise ValueError(f"{stored} has shape {shape} in the files and {tuple(state[name].shape)} in the model")
 
 
 def _names_in_model(model: Any, names: set[str]) -> dict[str, str] | None:

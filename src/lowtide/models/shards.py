@@ -7,6 +7,7 @@ undone part by part; how the files will look is found out beforehand on the meta
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..weights.cloning import can_clone
 from ..weights.layout import Part
-from ..weights.safetensors_file import Entry, write_file
+from ..weights.safetensors_file import Entry, clone_file, write_file
 from .blocks import find_blocks
 
 if TYPE_CHECKING:
@@ -40,15 +42,17 @@ def write_weights(model: PreTrainedModel, directory: Path, parts: Sequence[Part]
     Raises:
         OSError: the disk is full or failed.
     """
-    shards = _plan(model, parts_of(model) if parts is None else parts)
+    shards = _plan(model, parts_of(model) if parts is None else parts, directory)
     names = [_SINGLE] if len(shards) == 1 else [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in _count(shards)]
     digests, weight_map = {}, {}
     for name, shard in zip(names, shards, strict=True):
-        entries = [entry for _, entries in shard for entry in entries]
-        digests[name] = write_file(directory / name, entries, _tensors(model, shard))
+        entries = [entry for planned in shard for entry in planned.entries]
+        cloned = shard[0].cloned and shard[0].part.stored
+        digest = clone_file(directory / name, entries, cloned) if cloned else None
+        digests[name] = digest or write_file(directory / name, entries, _tensors(model, shard))
         weight_map.update({entry[0]: name for entry in entries})
     if len(shards) > 1:
-        total = sum(_bytes(entries) for shard in shards for _, entries in shard)
+        total = sum(planned.num_bytes for shard in shards for planned in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return digests
@@ -94,34 +98,51 @@ def _saved_names(model: torch.nn.Module) -> list[str]:
     return [name for name in model.state_dict() if name not in ignored and (name not in params or name in first)]
 
 
-Planned = tuple[Part, list[Entry]]
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A part, what it becomes in the file, and whether that is nothing but the bytes that lie on the disk already."""
+
+    part: Part
+    entries: list[Entry]
+    cloned: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in self.entries)
 
 
-def _plan(model: PreTrainedModel, parts: Sequence[Part]) -> list[list[Planned]]:
-    """For every file its parts, and what each becomes in it."""
+def _plan(model: PreTrainedModel, parts: Sequence[Part], directory: Path) -> list[list[_Planned]]:
+    """For every file its parts."""
     state = model.state_dict()
-    planned: list[Planned] = []
+    stored = next((part.stored for part in parts if part.stored), None)
+    clones = stored is not None and can_clone(stored[0], directory)
+    planned = []
     for part in parts:
         on_meta = {name: torch.empty(state[name].shape, dtype=state[name].dtype, device="meta") for name in part.names}
         found = as_in_files(model, on_meta)
-        ordered = sorted(found.items(), key=lambda item: -item[1].dtype.itemsize)
-        planned.append((part, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered]))
-    mixed = len({dtype for _, entries in planned for _, dtype, _ in entries}) > 1  # then alignment asks for a file each
-    shards: list[list[Planned]] = []
-    size = 0
-    for part, entries in planned:
-        if not shards or mixed or size + _bytes(entries) > _SHARD_BYTES:
+        names = {id(tensor): name for name, tensor in found.items()}
+        renamed = len(found) == len(on_meta) and all(id(tensor) in names for tensor in on_meta.values())
+        if clones and part.stored and renamed:  # in the order in which they lie there
+            ordered = [(names[id(tensor)], tensor) for tensor in on_meta.values()]
+        else:
+            ordered = sorted(found.items(), key=lambda item: -item[1].dtype.itemsize)
+        entries: list[Entry] = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered]
+        planned.append(_Planned(part, entries, clones and part.stored is not None and renamed))
+    # Tensors of several dtypes would not be aligned behind another part's.
+    alone = len({dtype for each in planned for _, dtype, _ in each.entries}) > 1
+    shards: list[list[_Planned]] = []
+    for each in planned:
+        size = sum(other.num_bytes for other in shards[-1]) if shards else 0
+        if not shards or alone or each.cloned or shards[-1][0].cloned or size + each.num_bytes > _SHARD_BYTES:
             shards.append([])
-            size = 0
-        shards[-1].append((part, entries))
-        size += _bytes(entries)
+        shards[-1].append(each)
     return shards
 
 
-def _tensors(model: PreTrainedModel, shard: Sequence[Planned]) -> Iterator[Tensor]:
-    for part, entries in shard:
-        values = as_in_files(model, part.load())
-        for name, _, _ in entries:
+def _tensors(model: PreTrainedModel, shard: Sequence[_Planned]) -> Iterator[Tensor]:
+    for planned in shard:
+        values = as_in_files(model, planned.part.load())
+        for name, _, _ in planned.entries:
             yield values.pop(name)
 
 
@@ -132,10 +153,6 @@ def as_in_files(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str,
     except ImportError:  # before 5.0 files were as models are
         return dict(tensors)
     return dict(revert_weight_conversion(model, tensors))
-
-
-def _bytes(entries: Sequence[Entry]) -> int:
-    return sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in entries)
 
 
 def _count(items: Sequence[Any]) -> range:

@@ -54,8 +54,9 @@ class SpikeGuard:
 
 def too_many(config: TrainConfig, step: int, num_bad: int, last_good: str | None) -> str:
     """What to say when ``max_bad_steps`` steps in a row were skipped."""
+    spike = ", or the loss a spike," if config.spike_factor is not None else ""
     good = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint was written before"
     return (
-        f"the loss or the gradient was not finite, or the loss a spike, in {num_bad} steps in a row, up to step {step}; training "
+        f"the loss or the gradient was not finite{spike} in {num_bad} steps in a row, up to step {step}; training "
         f"stopped and no model was saved; {good}. Try a lower lr than {config.effective_lr:g}, or clip_grad_norm 1"
     )

@@ -13,7 +13,6 @@ name ``step-...`` was whole once, and the manifest tells whether it still is. No
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -24,14 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..log import get_logger
 from ..models.lazy import SafetensorsWeights
 from ..models.saving import flush_tree, written_beside
 from ..weights.direct_io import flush_directory
-from ..weights.safetensors_file import write_file
+from ..weights.safetensors_file import sha256_of, write_file
 
 _logger = get_logger(__name__)
 
@@ -39,7 +37,6 @@ FOLDER = "checkpoints"  # in the output directory
 FORMAT = 1  # of state.json and manifest.json
 _TRAINING, _OPTIMIZER, _STATE, _MANIFEST = "training", "optimizer.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_READ_BYTES = 4 * 1024**2
 
 
 class CorruptCheckpointError(ValueError):
@@ -104,7 +101,7 @@ def write_checkpoint(
         )
         (training / _STATE).write_text(json.dumps({"format": FORMAT, **state}), encoding="utf-8")
         files = {
-            name: {"bytes": path.stat().st_size, "sha256": digests.get(name) or _sha256(path)}
+            name: {"bytes": path.stat().st_size, "sha256": digests.get(name) or sha256_of(path)}
             for name, path in sorted(_files_of(temporary).items())
         }
         text = json.dumps({"format": FORMAT, "files": files}, indent=1)
@@ -123,7 +120,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: there is no checkpoint.
     """
     manifest_path = path / _TRAINING / _MANIFEST
-    if not manifest_path.is_file():
+    if not (path.is_dir() and manifest_path.is_file()):
         raise FileNotFoundError(f"{path} is no checkpoint of lowtide: it has no {_TRAINING}/{_MANIFEST}")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
@@ -156,7 +153,7 @@ def _check_files(path: Path, expected: Mapping[Path, tuple[int, str]]) -> None:
                 f"{path} is torn: {file.relative_to(path)} has {found} bytes instead of {num_bytes}"
             )
     with ThreadPoolExecutor(2, "lowtide-check") as pool:
-        for file, digest in zip(expected, pool.map(_sha256, expected), strict=True):
+        for file, digest in zip(expected, pool.map(sha256_of, expected), strict=True):
             if digest != expected[file][1]:
                 raise CorruptCheckpointError(
                     f"{path} is corrupt: {file.relative_to(path)} is not what was written (its SHA-256 differs)"
@@ -208,12 +205,3 @@ def remove_leftovers(folder: Path) -> None:
 
 def _files_of(directory: Path) -> dict[str, Path]:
     return {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    buffer = torch.empty(_READ_BYTES, dtype=torch.uint8).numpy()
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer.data):
-            digest.update(buffer.data[:count])
-    return digest.hexdigest()

@@ -25,7 +25,7 @@ from ..fusing import Engine
 from ..log import get_logger
 from ..models import save_model
 from .bad_steps import MAX_ROLLBACKS, RollBack, SpikeGuard, TooManyBadStepsError, too_many
-from .checkpoint import FOLDER, Checkpoint, newest_checkpoint, set_aside
+from .checkpoint import FOLDER, Checkpoint, list_checkpoints, newest_checkpoint, set_aside
 from .config import ABOUT_RESUMING, TrainConfig
 from .events import EventLog, Listener, read_events
 from .progress import ConsoleProgress
@@ -133,7 +133,9 @@ def _run(
     """
     run = prepare(config, output, source=None if checkpoint is None else str(checkpoint.path))
     with ExitStack() as stack:
-        stack.callback(run.engine.remove, keep_copy=False)
+        stack.push(
+            lambda kind, *_: run.engine.remove(keep_copy=kind is not None and not list_checkpoints(output / FOLDER))
+        )
         guard = SpikeGuard(config.spike_factor, checkpoint.state["recent_losses"] if checkpoint else ())
         if checkpoint is not None:
             restore(run, checkpoint, skip_to)

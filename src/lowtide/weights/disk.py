@@ -135,6 +135,10 @@ class DiskStore:
         self._files[number].read(buffer, self._starts[number])
         return [piece.view(buffer) for piece in self._layouts[number].pieces]
 
+    def stored(self, number: int) -> tuple[Path, int, int] | None:
+        """See :class:`lowtide.weights.streamed.Store`."""
+        return self._files[number].path, self._starts[number], self._layouts[number].num_bytes
+
     def flush(self) -> None:
         """Everything is on the disk, and the copy is whole: say so in its marker."""
         for file in self._files:

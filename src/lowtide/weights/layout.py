@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +50,13 @@ class Part:
     Attributes:
         names: in the model.
         load: gives their values by name, on any device; to be dropped before the next part is asked for.
+        stored: (file, place of the first byte, number of bytes) if they lie on the disk one after another, in this order, from the
+            beginning of a page to the end of one.
     """
 
     names: tuple[str, ...]
     load: Callable[[], dict[str, Tensor]]
+    stored: tuple[Path, int, int] | None = None
 
 
 class BlockLayout:

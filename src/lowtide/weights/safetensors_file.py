@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cloning import clone_range
 from .direct_io import DirectFile, reserve
 from .layout import PAGE_BYTES, aligned_buffer
 
@@ -28,6 +29,7 @@ DTYPE_NAMES = {
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _BUFFER_BYTES = 16 * 1024**2  # of each of two
+_READ_BYTES = 4 * 1024**2
 
 Entry = tuple[str, torch.dtype, Sequence[int]]  # name, dtype and shape of a tensor
 
@@ -161,3 +163,44 @@ def write_file(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) 
         return file.finish()
     finally:
         file.close()
+
+
+def clone_file(path: Path, entries: Sequence[Entry], stored: tuple[Path, int, int]) -> str | None:
+    """Write a safetensors file whose data is a copy-on-write clone of what lies in another file.
+
+    Args:
+        path: of the file, which does not exist.
+        entries: name, dtype and shape of every tensor, in the order in which they lie in the other file.
+        stored: that file, the place of the first byte there, and the number of bytes, in whole pages.
+
+    Returns:
+        The SHA-256 of the file; None where it cannot be cloned, and then there is no file.
+
+    Raises:
+        OSError: the disk is full or failed.
+    """
+    header = encode_header(entries, align=PAGE_BYTES)
+    source, offset, num_bytes = stored
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.pwrite(descriptor, header, 0)
+        if not clone_range(source, offset, num_bytes, descriptor, len(header)):
+            path.unlink()
+            return None
+        os.truncate(descriptor, len(header) + sum(dtype.itemsize * torch.Size(s).numel() for _, dtype, s in entries))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return sha256_of(path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits; the page cache is left as it was."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return digest.hexdigest()

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -47,6 +48,9 @@ class Store(Protocol):
 
     def load(self, number: int) -> list[Tensor]:
         """The same in host memory, not mapped; to be read only, and dropped before the next step."""
+
+    def stored(self, number: int) -> tuple[Path, int, int] | None:
+        """Where a block lies on the disk: file, place and number of bytes, in whole pages."""
 
     def detach(self, number: int) -> list[Tensor]:
         """The same, to be kept and changed by an ordinary model."""
@@ -224,7 +228,7 @@ class StreamedHome:
             return dict(zip(names[number], self.store.load(number), strict=True))
 
         names = [tuple(piece.name for piece in layout.pieces) for layout in self.layouts]
-        return [Part(names[number], partial(load, number)) for number in range(len(names))]
+        return [Part(names[number], partial(load, number), self.store.stored(number)) for number in range(len(names))]
 
     def close(self, whole: bool = True) -> None:
         """Give the parameters values that an ordinary model can work with, in host memory or mapped from the disk.
