@@ -62,19 +62,25 @@ class Saver:
             self.save()
         except OSError as error:
             self._last_time = time.monotonic()
-            whole = f"the last whole one is {newest}" if (newest := self.newest()) else "there is none before it"
-            message = f"the checkpoint of step {self.run.report.num_steps} could not be written: {error}; {whole}"
-            self.run.report.checkpoint(error=message)
             if self.run.config.on_save_error == "stop":
-                raise OSError(f"{message}; training stopped, free some room and go on with resume latest") from error
-            _logger.warning("%s; training goes on", message)
+                raise OSError(f"{error}; training stopped, free some room and go on with resume latest") from error
+            _logger.warning("%s; training goes on", error)
 
     def save(self, interrupted: bool = False) -> Path:
         """Write a checkpoint now, if this step has none yet, and delete those that are too many.
 
         Raises:
-            OSError: the disk is full or failed; all earlier checkpoints are untouched.
+            OSError: the disk is full or failed; the message names the last whole checkpoint, which is untouched like all others.
         """
+        try:
+            return self._save(interrupted)
+        except OSError as error:
+            whole = f"the last whole one is {newest}" if (newest := self.newest()) else "there is none before it"
+            message = f"the checkpoint of step {self.run.report.num_steps} could not be written: {error}; {whole}"
+            self.run.report.checkpoint(error=message)
+            raise OSError(message) from error
+
+    def _save(self, interrupted: bool) -> Path:
         run, start = self.run, time.perf_counter()
         newest = self.newest()
         if newest is not None and newest.name == f"step-{run.report.num_steps:08}" and self._wrote == newest:
