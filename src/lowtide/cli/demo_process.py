@@ -84,6 +84,7 @@ def train_task(settings: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": own_peak_bytes(),
         "library_bytes": library_bytes,
         "num_steps": result.num_steps,
+        "model_dir": str(result.model_dir),
         "num_skipped": result.num_skipped,
         "interrupted": result.interrupted,
         "wall_s": result.wall_s,

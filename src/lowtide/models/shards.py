@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..weights.cloning import can_clone
 from ..weights.layout import Part
-from ..weights.safetensors_file import Entry, clone_file, write_file
+from ..weights.safetensors_file import Entry, clone_file, read_pieces, write_file
 from .blocks import find_blocks
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def write_weights(model: PreTrainedModel, directory: Path, parts: Sequence[Part]
     digests, weight_map = {}, {}
     for name, shard in zip(names, shards, strict=True):
         entries = [entry for planned in shard for entry in planned.entries]
-        cloned = shard[0].cloned and shard[0].part.stored
-        digest = clone_file(directory / name, entries, cloned) if cloned else None
-        digests[name] = digest or write_file(directory / name, entries, _tensors(model, shard))
+        stored = shard[0].part.stored
+        digest = clone_file(directory / name, entries, stored) if stored and shard[0].cloned else None
+        digests[name] = digest or write_file(directory / name, entries, _pieces(model, shard))
         weight_map.update({entry[0]: name for entry in entries})
     if len(shards) > 1:
         total = sum(planned.num_bytes for shard in shards for planned in shard)
@@ -100,10 +100,18 @@ def _saved_names(model: torch.nn.Module) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Planned:
-    """A part, what it becomes in the file, and whether that is nothing but the bytes that lie on the disk already."""
+    """A part, and what it becomes in the file.
+
+    Attributes:
+        part: of the model.
+        entries: in the file.
+        as_stored: that is nothing but the bytes that lie on the disk already.
+        cloned: and the file system can let both share them.
+    """
 
     part: Part
     entries: list[Entry]
+    as_stored: bool
     cloned: bool
 
     @property
@@ -122,12 +130,13 @@ def _plan(model: PreTrainedModel, parts: Sequence[Part], directory: Path) -> lis
         found = as_in_files(model, on_meta)
         names = {id(tensor): name for name, tensor in found.items()}
         renamed = len(found) == len(on_meta) and all(id(tensor) in names for tensor in on_meta.values())
-        if clones and part.stored and renamed:  # in the order in which they lie there
+        as_stored = part.stored is not None and renamed
+        if as_stored:  # in the order in which they lie there
             ordered = [(names[id(tensor)], tensor) for tensor in on_meta.values()]
         else:
             ordered = sorted(found.items(), key=lambda item: -item[1].dtype.itemsize)
         entries: list[Entry] = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered]
-        planned.append(_Planned(part, entries, clones and part.stored is not None and renamed))
+        planned.append(_Planned(part, entries, as_stored, clones and as_stored))
     # Tensors of several dtypes would not be aligned behind another part's.
     alone = len({dtype for each in planned for _, dtype, _ in each.entries}) > 1
     shards: list[list[_Planned]] = []
@@ -139,10 +148,17 @@ def _plan(model: PreTrainedModel, parts: Sequence[Part], directory: Path) -> lis
     return shards
 
 
-def _tensors(model: PreTrainedModel, shard: Sequence[_Planned]) -> Iterator[Tensor]:
+def _pieces(model: PreTrainedModel, shard: Sequence[_Planned]) -> Iterator[Tensor]:
+    """The bytes of a file, with as little of them in memory as can be."""
     for planned in shard:
+        if planned.as_stored and planned.part.stored is not None:
+            yield from read_pieces(planned.part.stored, planned.num_bytes)
+            continue
         values = as_in_files(model, planned.part.load())
-        for name, _, _ in planned.entries:
+        for name, dtype, shape in planned.entries:
+            if values[name].dtype != dtype or tuple(values[name].shape) != tuple(shape):
+                found = f"{values[name].dtype} {tuple(values[name].shape)}"
+                raise ValueError(f"{name} was to be {dtype} of shape {tuple(shape)}, not {found}")
             yield values.pop(name)
 
 

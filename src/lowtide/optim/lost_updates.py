@@ -57,12 +57,12 @@ class LostUpdates:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
-        self._calls = state["calls"]
-        self._counts = {
-            torch.device(name): torch.tensor(counts, dtype=torch.float32, device=name)
-            for name, counts in state["counts"].items()
-        }
+        """Take over what :meth:`state_dict` gave; counts of a device that is not there any more begin anew."""
+        self._calls, self._counts = state["calls"], {}
+        for name, counts in state["counts"].items():
+            device = torch.device(name)
+            if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < _num_gpus()):
+                self._counts[device] = torch.tensor(counts, dtype=torch.float32, device=device)
 
     def share(self) -> float | None:
         """Updates that left their weight as it was, as a share of 1; None while nothing was sampled. Waits for the device."""
@@ -71,6 +71,10 @@ class LostUpdates:
             values = counts.tolist()
             unchanged, updated = unchanged + values[0], updated + values[1]
         return unchanged / updated if updated else None
+
+
+def _num_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -20,12 +20,13 @@ class RollBack(Exception):  # it asks for something and is caught
 
     Args:
         num_batches: of the data, bad ones included: the run goes on behind them.
+        last_good_step: the step before the bad ones.
         why: what happened.
     """
 
-    def __init__(self, num_batches: int, why: str) -> None:
+    def __init__(self, num_batches: int, last_good_step: int, why: str) -> None:
         super().__init__(why)
-        self.num_batches = num_batches
+        self.num_batches, self.last_good_step = num_batches, last_good_step
 
 
 class SpikeGuard:

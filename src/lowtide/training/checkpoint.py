@@ -96,9 +96,7 @@ def write_checkpoint(
         training.mkdir()
         ordered = sorted(optimizer.items(), key=lambda item: -item[1].dtype.itemsize)
         entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered]
-        digests[f"{_TRAINING}/{_OPTIMIZER}"] = write_file(
-            training / _OPTIMIZER, entries, (tensor for _, tensor in ordered)
-        )
+        digests[f"{_TRAINING}/{_OPTIMIZER}"] = write_file(training / _OPTIMIZER, entries, (t for _, t in ordered))
         (training / _STATE).write_text(json.dumps({"format": FORMAT, **state}), encoding="utf-8")
         files = {
             name: {"bytes": path.stat().st_size, "sha256": digests.get(name) or sha256_of(path)}
@@ -168,6 +166,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def step_of(path: Path) -> int:
+    """Steps taken, of one of :func:`list_checkpoints`."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest one that is whole. Each one that is not is named, set aside (``step-....corrupt``), and passed over."""
     for path in list_checkpoints(folder):
@@ -175,7 +180,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             return read_checkpoint(path)
         except (CorruptCheckpointError, FileNotFoundError) as error:
             kept = set_aside(path, "corrupt")
-            _logger.warning("%s; it is kept as %s, and the one before it is used", error, kept.name)
+            _logger.warning("%s; it is kept as %s and passed over", error, kept.name)
     return None
 
 

@@ -80,7 +80,9 @@ class EventLog:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file; the log takes no more events."""
+        """Close the file, which is on the disk then; the log takes no more events."""
+        if not self._file.closed:
+            self.position()
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from ..evaluation import LossResult
 from ..log import get_logger
 from ..optim.named_state import load_named_state, named_state
-from ..weights.working_copy import discard_torn
-from .checkpoint import FOLDER, Checkpoint, newest_checkpoint, read_checkpoint, remove_leftovers
+from ..weights.working_copy import make_way
+from .checkpoint import (
+    FOLDER,
+    Checkpoint,
+    CorruptCheckpointError,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+    set_aside,
+    step_of,
+)
 from .config import ABOUT_RESUMING, FREE_TO_CHANGE, TrainConfig
 from .rng import random_state, set_random_state
 
@@ -38,17 +49,56 @@ def find_checkpoint(config: TrainConfig, output: Path) -> Checkpoint | None:
     remove_leftovers(output)
     remove_leftovers(output / FOLDER)
     for directory in (output / "weights", Path(config.weights).expanduser()):
-        if config.weights not in ("device", "cpu") and discard_torn(directory):
-            _logger.info("the torn working copy in %s was removed: its weights are in the checkpoint", directory)
+        if config.weights not in ("device", "cpu"):
+            make_way(directory)
     if config.resume not in ("latest", "auto"):
         assert config.resume is not None
-        return read_checkpoint(Path(config.resume).expanduser())
+        found: Checkpoint | None = read_checkpoint(Path(config.resume).expanduser())
+        assert found is not None
+        if found.path.resolve().parent != (output / FOLDER).resolve() and (output / "config.yaml").exists():
+            raise FileExistsError(
+                f"{found.path} is a checkpoint of another run than the one in {output}: name a new output directory for it"
+            )
+        return found
+    num_there = len(list_checkpoints(output / FOLDER))
     found = newest_checkpoint(output / FOLDER)
+    if found is None and num_there:
+        raise CorruptCheckpointError(
+            f"none of the {num_there} checkpoints in {output / FOLDER} is whole; train anew into another output directory"
+        )
     if found is None and config.resume == "latest":
         raise FileNotFoundError(
             f"there is no checkpoint in {output / FOLDER} to resume from; resume auto would begin anew"
         )
+    if found is None:
+        _check_beginning(config, output)
     return found
+
+
+def _check_beginning(config: TrainConfig, output: Path) -> None:
+    """A run that was killed before its first checkpoint begins anew; what is another run, or has a model, is not touched."""
+    saved = read_settings(output)
+    if (output / "model").exists() or (saved is not None and changed_settings(config, saved)):
+        raise FileExistsError(
+            f"{output} holds a run with other settings and no checkpoint to go on from; nothing in it will be overwritten: name a "
+            "new output directory"
+        )
+
+
+def read_settings(output: Path) -> dict[str, Any] | None:
+    """The settings of the run in a directory; None if there are none that can be read."""
+    try:
+        found = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def set_later_aside(output: Path, checkpoint: Checkpoint) -> None:
+    """A run that goes back to an earlier checkpoint takes another course than the later ones: they get other names."""
+    for path in list_checkpoints(output / FOLDER):
+        if step_of(path) > checkpoint.step:
+            _logger.info("%s is later than the checkpoint that is resumed: kept as %s", path, set_aside(path).name)
 
 
 def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
@@ -93,6 +143,7 @@ def state_of(run: Run, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "step": run.report.num_steps,
         "num_batches": run.num_batches,
         "num_steps": run.num_steps,
+        "micro_batch_size": run.placement.micro_batch_size,
         "data": {"fingerprint": run.data.train.fingerprint, "steps_per_epoch": len(run.data.train)},
         "optimizer": plain,
         "engine": run.engine.state_dict(),

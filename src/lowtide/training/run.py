@@ -19,6 +19,7 @@ from ..log import get_logger
 from ..models import load_model, load_tokenizer, parse_dtype
 from ..planning import computes_bfloat16
 from ..planning.updates import state_bytes
+from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .interrupt import StopAfterStep
 from .planned import Placement, place_as_set, plan_placement
@@ -99,7 +100,7 @@ class Run:
 
 
 def prepare(
-    config: TrainConfig, output: Path, model: PreTrainedModel | None = None, *, source: str | None = None
+    config: TrainConfig, output: Path, model: PreTrainedModel | None = None, *, checkpoint: Checkpoint | None = None
 ) -> Run:
     """Everything that can be refused, in order of its cost; nothing is written yet but a working copy of the weights.
 
@@ -107,7 +108,7 @@ def prepare(
         config: the settings, which have been validated.
         output: where the model will be saved.
         model: saves loading it.
-        source: the directory to load model and tokenizer from, instead of the one in the settings: a checkpoint.
+        checkpoint: where to load model and tokenizer from, instead of what the settings say.
 
     Raises:
         What ``train`` raises before its first step.
@@ -116,7 +117,12 @@ def prepare(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     records, held_out = read_data(config)
-    loaded = config if source is None else dataclasses.replace(config, model=source)
+    loaded = config
+    if (
+        checkpoint is not None
+    ):  # a planner with other free memory must not choose other micro-batches: their sums differ
+        micro = checkpoint.state["micro_batch_size"] or config.batch_size
+        loaded = dataclasses.replace(config, model=str(checkpoint.path), micro_batch_size=micro)
     trusted = config.trust_remote_code
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trusted)
     data = encode_data(config, records, held_out, tokenizer)

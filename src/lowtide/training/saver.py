@@ -44,7 +44,8 @@ class Saver:
     def is_due(self) -> bool:
         """After the step just taken. After the last one the model itself is saved."""
         step, config = self.run.report.num_steps, self.run.config
-        if step >= self.run.num_steps:
+        # In the middle of bad steps nobody knows whether the weights are good, and good checkpoints would be pushed out.
+        if step >= self.run.num_steps or self.run.report.num_skipped_in_a_row:
             return False
         if config.save_steps is not None:
             return step % config.save_steps == 0
@@ -63,7 +64,8 @@ class Saver:
         except OSError as error:
             self._last_time = time.monotonic()
             if self.run.config.on_save_error == "stop":
-                raise OSError(f"{error}; training stopped, free some room and go on with resume latest") from error
+                further = "free some room and go on with resume latest" if self.newest() else "free some room"
+                raise OSError(f"{error}; training stopped, {further}") from error
             _logger.warning("%s; training goes on", error)
 
     def save(self, interrupted: bool = False) -> Path:

@@ -78,7 +78,9 @@ def check_output(output: str | Path, *, resumed: bool = False) -> Path:
 
 def _is_leftover(path: Path) -> bool:
     """Of a run that was killed before it began."""
-    return path.name == ".config.yaml.tmp" or (path.name == "weights" and (path / MARKER).is_file())
+    return path.name == ".config.yaml.tmp" or (
+        path.name == "weights" and ((path / MARKER).is_file() or not any(path.iterdir()))
+    )
 
 
 def check_disk(
@@ -104,7 +106,8 @@ def check_disk(
     weights = sum(param.numel() * param.element_size() for param in model.parameters())
     shares = working_copy is not None and existing_folder(working_copy).stat().st_dev == existing.stat().st_dev
     there = len(list_checkpoints(output / FOLDER))
-    needed = weights * (1 + shares) + (weights + state_bytes) * max(0, num_checkpoints - there)
+    checkpoint = weights + state_bytes  # one is written where the run is interrupted, in place of the model
+    needed = weights * shares + max(weights + checkpoint * max(0, num_checkpoints - there), checkpoint)
     free = shutil.disk_usage(existing).free
     if free < needed:
         parts = ["the trained model", *(["its working copy"] if shares else [])]

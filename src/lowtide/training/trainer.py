@@ -12,25 +12,36 @@ that takes long is loaded, and the output directory is made only when training c
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ..evaluation import LossResult
 from ..fusing import Engine
 from ..log import get_logger
 from ..models import save_model
+from ..weights.direct_io import flush_directory
 from .bad_steps import MAX_ROLLBACKS, RollBack, SpikeGuard, TooManyBadStepsError, too_many
-from .checkpoint import FOLDER, Checkpoint, list_checkpoints, newest_checkpoint, set_aside
+from .checkpoint import FOLDER, Checkpoint, newest_checkpoint, set_aside
 from .config import ABOUT_RESUMING, TrainConfig
 from .events import EventLog, Listener, read_events
 from .progress import ConsoleProgress
 from .report import peak_memory_bytes
-from .resume import changed_settings, check_settings, find_checkpoint, restore, saved_loss
+from .resume import (
+    changed_settings,
+    check_settings,
+    find_checkpoint,
+    read_settings,
+    restore,
+    saved_loss,
+    set_later_aside,
+)
 from .run import Run, prepare
 from .saver import Saver
 from .setup import check_output, without_cache
@@ -107,12 +118,26 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
             try:
                 return _run(config, output, log, checkpoint, skip_to, on_event, show_progress)
             except RollBack as asked:
-                checkpoint, skip_to = newest_checkpoint(output / FOLDER), asked.num_batches
+                checkpoint, skip_to = _before(asked, output), asked.num_batches
                 if checkpoint is None or not rollbacks_left:
                     raise TooManyBadStepsError(str(asked)) from None
                 _logger.warning("%s; back to step %d, and on behind the bad data", asked, checkpoint.step)
                 log = EventLog(output / "metrics.jsonl", existing=True)
+            gc.collect()  # the model that was given up is in circles of references
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     raise AssertionError("unreachable")
+
+
+def _before(asked: RollBack, output: Path) -> Checkpoint | None:
+    """The newest checkpoint with a good step behind it. If the first step after one was bad, its weights may be the reason."""
+    found = newest_checkpoint(output / FOLDER)
+    if found is not None and found.step >= asked.last_good_step:
+        _logger.warning(
+            "no step after %s was good: it is kept as %s", found.path, set_aside(found.path, "suspect").name
+        )
+        found = newest_checkpoint(output / FOLDER)
+    return found
 
 
 def _run(
@@ -131,15 +156,17 @@ def _run(
         skip_to: after a rollback, the batch of the data to go on with; what the log has of the bad steps stays there.
         others: as in :func:`train`.
     """
-    run = prepare(config, output, source=None if checkpoint is None else str(checkpoint.path))
+    run = prepare(config, output, checkpoint=checkpoint)
     with ExitStack() as stack:
-        stack.push(
-            lambda kind, *_: run.engine.remove(keep_copy=kind is not None and not list_checkpoints(output / FOLDER))
-        )
+        # After an error the working copy may be all that is left of the weights; a rollback has a checkpoint.
+        stack.push(lambda kind, *_: run.engine.remove(keep_copy=kind not in (None, RollBack)))
         guard = SpikeGuard(config.spike_factor, checkpoint.state["recent_losses"] if checkpoint else ())
         if checkpoint is not None:
             restore(run, checkpoint, skip_to)
+            set_later_aside(output, checkpoint)
         output.mkdir(parents=True, exist_ok=True)
+        if (output / "model").exists():  # of this run, before it was continued with more steps
+            set_aside(output / "model")
         _write_settings(config, output)
         log = log or EventLog(output / "metrics.jsonl", existing=config.resume is not None)
         stack.callback(log.close)
@@ -158,8 +185,6 @@ def _run(
             model_dir = saver.save(interrupted=True)
         else:
             model_dir = output / "model"
-            if model_dir.exists():  # of the run before it was continued with more steps
-                set_aside(model_dir)
             save_model(run.model, run.tokenizer, model_dir, run.engine.parts_of_model())
         result = TrainResult(
             num_steps=run.report.num_steps,
@@ -201,7 +226,9 @@ def _run_steps(run: Run, saver: Saver) -> None:
         lr = scheduler.get_last_lr()[0]
         loss = model(**batch).loss
         spike = saver.guard.is_spike(loss.item())
-        if not spike:
+        if spike:
+            loss = loss.detach()  # so that its graph is gone before the next one is made
+        else:
             engine.backward(loss)  # every parameter is updated as its gradient completes
         optimizer.step()
         scheduler.step()
@@ -229,7 +256,7 @@ def _look_at(run: Run, saver: Saver, loss: float) -> None:
     newest = saver.newest()
     message = too_many(run.config, run.report.num_steps, num_bad, None if newest is None else str(newest))
     if run.config.on_bad_steps == "rollback":
-        raise RollBack(run.num_batches, message)
+        raise RollBack(run.num_batches, run.report.num_steps - num_bad, message)
     raise TooManyBadStepsError(message)
 
 
@@ -259,18 +286,27 @@ SPIKE = {
 def _write_settings(config: TrainConfig, output: Path) -> None:
     settings = {name: value for name, value in config.to_dict().items() if name not in ABOUT_RESUMING}
     temporary = output / ".config.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    with temporary.open("w", encoding="utf-8") as file:
+        yaml.safe_dump(settings, file, sort_keys=False, allow_unicode=True)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, output / "config.yaml")
+    flush_directory(output)
 
 
 def _finished(config: TrainConfig, output: Path) -> TrainResult | None:
     """What came of the run in the output directory, if it has come to its end and no setting asks for more."""
     if config.resume not in ("latest", "auto") or not (output / "model").is_dir():
         return None
-    saved = yaml.safe_load((output / "config.yaml").read_text())
-    if changed_settings(config, saved):
+    saved = read_settings(output)
+    if saved is None or changed_settings(config, saved):
         return None
-    events = read_events(output / "metrics.jsonl")
+    try:
+        events = read_events(output / "metrics.jsonl")
+    except (OSError, ValueError):  # cut off by a power failure
+        return None
+    if not events:
+        return None
     evaluations = [
         LossResult(e["loss"], e["perplexity"] or math.inf, e["num_tokens"]) for e in events if e["event"] == "eval"
     ]

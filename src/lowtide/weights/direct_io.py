@@ -116,14 +116,19 @@ def _open_direct(path: Path) -> int | None:
     return descriptor
 
 
-def reserve(path: Path, num_bytes: int) -> None:
+def reserve(path: Path, num_bytes: int, mode: int = 0o600) -> None:
     """Make a file of this size whose room on the disk is taken, so that later writes cannot find the disk full.
+
+    Args:
+        path: of the file, which does not exist.
+        num_bytes: of it.
+        mode: who may use it, if the umask does not forbid it.
 
     Raises:
         FileExistsError: there is such a file.
         OSError: the disk is full.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, num_bytes)

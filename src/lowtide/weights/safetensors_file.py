@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ DTYPE_NAMES = {
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _BUFFER_BYTES = 16 * 1024**2  # of each of two
-_READ_BYTES = 4 * 1024**2
+_READ_BYTES = 8 * 1024**2
+_MODE = 0o666  # of saved models, less what the umask takes away
 
 Entry = tuple[str, torch.dtype, Sequence[int]]  # name, dtype and shape of a tensor
+Stored = tuple[Path, int, int]  # a file, the place of the first byte there, the number of bytes
 
 
 def encode_header(entries: Iterable[Entry], align: int = 8) -> bytes:
@@ -69,7 +71,7 @@ class StreamedFile:
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self.path, self.num_bytes = path, num_bytes
-        reserve(path, -(-num_bytes // PAGE_BYTES) * PAGE_BYTES)
+        reserve(path, -(-num_bytes // PAGE_BYTES) * PAGE_BYTES, _MODE)
         self._file = DirectFile(path)
         self._digest = hashlib.sha256()
         self._buffers = [aligned_buffer(_BUFFER_BYTES, torch.device("cpu")) for _ in range(2)]
@@ -134,38 +136,55 @@ class StreamedFile:
         self._buffers = []
 
 
-def write_file(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> str:
+def write_file(path: Path, entries: Sequence[Entry], pieces: Iterable[Tensor]) -> str:
     """Write a safetensors file.
 
     Args:
         path: of the file, which does not exist.
         entries: name, dtype and shape of every tensor, larger dtypes first.
-        tensors: their values in the same order; each is asked for when the one before it has been copied.
+        pieces: tensors whose bytes are those of all of these, one after the other, cut in any way. Each is asked for when the one
+            before it has been copied and dropped.
 
     Returns:
         The SHA-256 of the file.
 
     Raises:
         OSError: the disk is full or failed.
-        ValueError: a tensor is not what its entry says.
+        ValueError: the pieces have more or fewer bytes.
     """
     header = encode_header(entries)
     size = len(header) + sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in entries)
     file = StreamedFile(path, size)
     try:
         file.write(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-        for (name, dtype, shape), tensor in zip(entries, tensors, strict=True):
-            if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-                raise ValueError(
-                    f"{name} was to be {dtype} of shape {tuple(shape)}, not {tensor.dtype} {tuple(tensor.shape)}"
-                )
-            file.write(tensor)
+        iterator = iter(pieces)
+        while (piece := next(iterator, None)) is not None:
+            file.write(piece)
+            del piece
         return file.finish()
     finally:
         file.close()
 
 
-def clone_file(path: Path, entries: Sequence[Entry], stored: tuple[Path, int, int]) -> str | None:
+def read_pieces(stored: Stored, num_bytes: int) -> Iterator[Tensor]:
+    """The bytes that lie in a file, in pieces of bounded size (uint8), each valid until the next is asked for.
+
+    Args:
+        stored: the file, the place of the first byte, and the number of bytes, in whole pages.
+        num_bytes: so many of them.
+    """
+    path, offset, padded = stored
+    buffer, file = aligned_buffer(min(_BUFFER_BYTES, padded), torch.device("cpu")), DirectFile(path)
+    try:
+        for start in range(0, padded, _BUFFER_BYTES):
+            count = min(_BUFFER_BYTES, padded - start)
+            file.read(buffer[:count], offset + start)
+            yield buffer[: min(count, num_bytes - start)]
+    finally:
+        file.close()
+
+
+def clone_file(path: Path, entries: Sequence[Entry], stored: Stored) -> str | None:
     """Write a safetensors file whose data is a copy-on-write clone of what lies in another file.
 
     Args:
@@ -181,7 +200,7 @@ def clone_file(path: Path, entries: Sequence[Entry], stored: tuple[Path, int, in
     """
     header = encode_header(entries, align=PAGE_BYTES)
     source, offset, num_bytes = stored
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, _MODE)
     try:
         os.pwrite(descriptor, header, 0)
         if not clone_range(source, offset, num_bytes, descriptor, len(header)):
@@ -195,12 +214,18 @@ def clone_file(path: Path, entries: Sequence[Entry], stored: tuple[Path, int, in
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits; the page cache is left as it was."""
+    """SHA-256 of a file, in hexadecimal digits. One piece is read while the one before it is counted in."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_READ_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+    buffers = [memoryview(bytearray(_READ_BYTES)) for _ in range(2)]
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1, "lowtide-checksum") as thread:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        pending: Future[None] | None = None
+        number = 0
+        while count := file.readinto(buffers[number]):
+            if pending is not None:
+                pending.result()
+            pending, number = thread.submit(digest.update, buffers[number][:count]), 1 - number
+        if pending is not None:
+            pending.result()
     return digest.hexdigest()

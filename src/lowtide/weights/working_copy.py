@@ -14,10 +14,14 @@ import datetime
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..log import get_logger
 from .direct_io import flush_directory
+
+_logger = get_logger(__name__)
 
 MARKER = "lowtide-working-copy.json"
 IN_USE, COMPLETE = "in use", "complete"
@@ -85,23 +89,29 @@ class WorkingCopy:
             self.directory.rmdir()
 
 
-def discard_torn(directory: Path) -> bool:
-    """Remove a working copy whose run ended in the middle and that no process uses. Returns whether there was one.
+def make_way(directory: Path) -> None:
+    """Let a run that is resumed from a checkpoint have the directory of its working copy again.
 
-    A copy that ended in good order, and anything else, is left alone.
+    A copy whose run ended in the middle is worth nothing and is removed, if no process uses it. One that ended in good order is
+    kept under another name. Anything else is left alone.
     """
     marker = directory / MARKER
     if not marker.is_file() or _is_locked(marker):
-        return False
+        return
     try:
         facts = json.loads(marker.read_text())
     except ValueError:  # the crash came while it was written
         facts = {}
     if facts.get("status") == COMPLETE:
-        return False
+        kept = next(p for n in range(10**6) if not (p := directory.with_name(f"{directory.name}.kept-{n}")).exists())
+        directory.rename(kept)
+        _logger.warning("the working copy of an earlier run in %s is kept as %s", directory, kept)
+        return
     for path in [*directory.glob("block-*.safetensors"), marker]:
         path.unlink(missing_ok=True)
-    return True
+    with suppress(OSError):  # it holds something else
+        directory.rmdir()
+    _logger.info("the torn working copy in %s was removed", directory)
 
 
 def _refuse_used(directory: Path) -> None:
