@@ -5,8 +5,8 @@
 Random bfloat16 weights in the shape of TinyLlama (1.1 B parameters, 2.2 GB) with AdaLomo's state, on a CPU; each home in a fresh
 process, which trains one step on 2 x 64 tokens first. Then, in turn, ``rounds`` times: a checkpoint is written; its files are copied
 (``shutil.copyfile``, then fsync), once from the disk and once from the page cache; it is checked (every byte) and its model
-loaded, from the disk (on a CPU its weights are mapped then, as in training). Copying from the cache is writing alone, so that is what saving is held against; loading is held
-against copying from the disk. Saving must reach 0.8 of the speed, and add at most one block to the resident set.
+loaded, from the disk (on a CPU its weights are mapped then, as in training; for the home on disk a working copy is written). Both are
+held against the faster of the two ways to copy: 0.8 of its speed at least. Saving may add at most one block to the peak of training.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def measure(home: str, options: argparse.Namespace) -> dict:
 
             path = write_checkpoint(folder / "checkpoints", number, write_files, tensors, {"step": number, "o": plain})
             times["save_s"].append(time.perf_counter() - start)
-            save_peak = max(save_peak, peak_resident_bytes())
+            save_peak = save_peak or peak_resident_bytes()  # later ones have remains of loading in them
             added = max(added, peak_resident_bytes() - resident)
             fill_cache(path)
             times["copy_cached_s"].append(copy(path, folder / "copy"))
@@ -118,18 +118,20 @@ def measure(home: str, options: argparse.Namespace) -> dict:
             loaded = load_model(str(path), dtype=torch.bfloat16, lazy=home == "disk")
             if home == "disk":
                 again = lowtide.AdaLomo(loaded.parameters(), lr=1e-3)
-                lowtide.fuse(loaded, again, weights=folder / "again", device="cpu").remove(keep_copy=False)
+                second = lowtide.fuse(loaded, again, weights=folder / "again", device="cpu")
             for load in checkpoint.optimizer_tensors().values():
                 load()
             times["load_s"].append(time.perf_counter() - start)
+            if home == "disk":
+                second.remove(keep_copy=False)
             num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             del loaded
             shutil.rmtree(path)
         median = {name: round(statistics.median(values), 3) for name, values in times.items()}
+        copying = min(median["copy_s"], median["copy_cached_s"])
         return {
             "home": home, "num_bytes": num_bytes, **median,
-            "save_ratio": round(median["copy_cached_s"] / median["save_s"], 3),
-            "load_ratio": round(median["copy_s"] / median["load_s"], 3),
+            "save_ratio": round(copying / median["save_s"], 3), "load_ratio": round(copying / median["load_s"], 3),
             "block_bytes": block, "resident_bytes": resident, "save_added_bytes": added,
             "training_peak_bytes": training_peak, "save_peak_bytes": save_peak,
         }  # fmt: skip
@@ -161,10 +163,9 @@ def main() -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         size = found["num_bytes"] / 1e9
         print(
-            f"{home}: {size:.2f} GB; saved in {found['save_s']:.2f} s ({size / found['save_s']:.2f} GB/s), copied from the cache in "
-            f"{found['copy_cached_s']:.2f} s: {found['save_ratio']:.2f} of its speed (bound 0.8)\n"
-            f"  checked and loaded in {found['load_s']:.2f} s, copied from the disk in {found['copy_s']:.2f} s: "
-            f"{found['load_ratio']:.2f} of its speed (bound 0.8)\n"
+            f"{home}: {size:.2f} GB; saved in {found['save_s']:.2f} s ({size / found['save_s']:.2f} GB/s), checked and loaded in "
+            f"{found['load_s']:.2f} s; copied from the cache in {found['copy_cached_s']:.2f} s, from the disk in {found['copy_s']:.2f} s\n"
+            f"  saving has {found['save_ratio']:.2f}, loading {found['load_ratio']:.2f} of the speed of copying (bound 0.8)\n"
             f"  saving added {found['save_added_bytes'] / 1e6:.0f} MB to a resident set of {found['resident_bytes'] / 1e9:.2f} GB "
             f"(a block: {found['block_bytes'] / 1e6:.0f} MB); peak in training {found['training_peak_bytes'] / 1e9:.2f} GB, "
             f"in saving {found['save_peak_bytes'] / 1e9:.2f} GB",

@@ -10,6 +10,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -58,12 +59,20 @@ class DiskStore:
         """
         try:
             self._check_room(layouts)
-            buffer = aligned_buffer(max(layout.num_bytes for layout in layouts), torch.device("cpu"))
-            for layout in layouts:
-                values = (value_of(p.name, param) for p, param in zip(layout.pieces, layout.params, strict=True))
-                layout.fill(buffer, values)
-                buffer[layout.used_bytes : layout.num_bytes] = 0
-                self._add(layout, buffer[: layout.num_bytes])
+            size = max(layout.num_bytes for layout in layouts)
+            buffers = [aligned_buffer(size, torch.device("cpu")) for _ in range(2)]  # one is filled, one written
+            pending: list[Future[None]] = []
+            with ThreadPoolExecutor(1, "lowtide-adopt") as thread:
+                for number, layout in enumerate(layouts):
+                    if number >= 2:
+                        pending[number - 2].result()
+                    buffer = buffers[number % 2][: layout.num_bytes]
+                    values = (value_of(p.name, param) for p, param in zip(layout.pieces, layout.params, strict=True))
+                    layout.fill(buffer, values)
+                    buffer[layout.used_bytes :] = 0
+                    pending.append(thread.submit(self._add, layout, buffer))
+                for future in pending[-2:]:
+                    future.result()
             flush_directory(self.directory)
         except BaseException:
             self._close_files()
