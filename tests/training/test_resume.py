@@ -396,3 +396,19 @@ def test_a_working_copy_that_was_left_whole_is_kept_aside(make, tmp_path):
 def test_a_directory_that_a_killed_start_left_behind_is_taken(make, tmp_path):
     (tmp_path / "out" / "weights").mkdir(parents=True)
     assert run(make("out", resume="auto")).num_steps == NUM_STEPS
+
+
+def test_a_run_that_was_killed_behind_its_last_save_leaves_no_working_copy(make, tmp_path, monkeypatch):
+    """The model is saved, and then the process dies before its working copy is removed: the next one does it."""
+    from lowtide.fusing import Engine
+    from lowtide.weights.working_copy import MARKER
+
+    config = make("out", weights=str(tmp_path / "w"))
+    original = Engine.remove
+    monkeypatch.setattr(Engine, "remove", lambda self, keep_copy=True: None)  # as if it had not come to that
+    result = run(config)
+    assert (tmp_path / "w" / MARKER).is_file() and result.model_dir.is_dir()
+    monkeypatch.setattr(Engine, "remove", original)
+    monkeypatch.setattr("lowtide.weights.working_copy._is_locked", lambda marker: False)  # that process is gone
+    again = run(TrainConfig(**{**config.to_dict(), "resume": "auto"}))
+    assert again.finished_before and not (tmp_path / "w").exists()

@@ -45,7 +45,10 @@ class Torture:
         self.data = write_task(folder / "task.jsonl")
         self.num_kills = self.num_kills_in_saves = self.num_runs = 0
         start = time.monotonic()
-        assert self._wait(self._start("reference", "device")) == 0
+        code = self._wait(self._start("reference", "device"))
+        assert code == 0, (
+            f"the run that nobody kills ended with {code}:\n{(folder / 'reference.log').read_text()[-4000:]}"
+        )
         self.duration = time.monotonic() - start
         self.expected = self.outcome("reference")
 
@@ -142,7 +145,7 @@ class Torture:
     def _check(self, name: str) -> None:
         weights, metrics = self.outcome(name)
         expected_weights, expected_metrics = self.expected
-        assert weights.keys() == expected_weights.keys()
+        assert weights.keys() == expected_weights.keys(), f"{name}: {sorted(weights)} was saved"
         for file, tensors in weights.items():
             for key, value in tensors.items():
                 assert torch.equal(value, expected_weights[file][key]), f"{name}: {key} differs"
@@ -150,7 +153,8 @@ class Torture:
         output = self.folder / name
         left = [path.name for path in (*output.iterdir(), *(output / "checkpoints").iterdir()) if path.name[0] == "."]
         assert not left, f"{name}: left behind {left}"
-        assert not (self.folder / f"{name}-weights").exists() or not any((self.folder / f"{name}-weights").iterdir())
+        copy = self.folder / f"{name}-weights"
+        assert not copy.exists(), f"{name}: left behind {[path.name for path in copy.iterdir()]}"
         shutil.rmtree(output)
 
 

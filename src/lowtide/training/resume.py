@@ -39,18 +39,22 @@ _logger = get_logger(__name__)
 _NEVER_CHANGED = ("optimizer", "dtype")
 
 
+def clean_up(config: TrainConfig, output: Path) -> None:
+    """Remove what a killed process has left: files half written, and a torn working copy of the weights."""
+    remove_leftovers(output)
+    remove_leftovers(output / FOLDER)
+    if config.weights not in ("device", "cpu"):
+        for directory in (output / "weights", Path(config.weights).expanduser()):
+            make_way(directory)
+
+
 def find_checkpoint(config: TrainConfig, output: Path) -> Checkpoint | None:
-    """The checkpoint that the settings ask for, checked; None to begin anew. What a killed process left is removed.
+    """The checkpoint that the settings ask for, checked; None to begin anew.
 
     Raises:
         FileNotFoundError: there is none.
         CorruptCheckpointError: the one that is named is not whole.
     """
-    remove_leftovers(output)
-    remove_leftovers(output / FOLDER)
-    for directory in (output / "weights", Path(config.weights).expanduser()):
-        if config.weights not in ("device", "cpu"):
-            make_way(directory)
     if config.resume not in ("latest", "auto"):
         assert config.resume is not None
         found: Checkpoint | None = read_checkpoint(Path(config.resume).expanduser())

@@ -36,6 +36,7 @@ from .report import peak_memory_bytes
 from .resume import (
     changed_settings,
     check_settings,
+    clean_up,
     find_checkpoint,
     read_settings,
     restore,
@@ -108,6 +109,7 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
         if resumed:
             if (output / "metrics.jsonl").exists():  # locked before anything there is touched
                 log = stack.enter_context(EventLog(output / "metrics.jsonl", existing=True))
+            clean_up(config, output)
             if (found := _finished(config, output)) is not None:
                 return found
             checkpoint = find_checkpoint(config, output)
