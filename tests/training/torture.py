@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from lowtide.training import TrainConfig, read_events, train
 
@@ -161,6 +162,8 @@ class Torture:
 def torture(folder: Path, kills: int, seed: int = 0, most_a_run: int = 10) -> Torture:
     """Kill until so many kills were survived."""
     torch.set_num_threads(1)
+    # tqdm has a thread that takes its lock now and then: a process that is forked at that moment would wait for the lock for ever.
+    tqdm.monitor_interval = 0
     found = Torture(folder, seed)
     while found.num_kills < kills:
         found.kill_one_run(min(most_a_run, kills - found.num_kills))
