@@ -19,7 +19,7 @@ from ..optim.base import SIXTEEN_BIT
 
 # Elements that are converted to float32 at a time on a CPU, where a 16-bit norm would be rounded to 16 bits.
 _SLICE_NUMEL = 2**18
-_vector_norm = torch.linalg.vector_norm
+vector_norm = torch.linalg.vector_norm
 
 
 class GradNorm:
@@ -32,7 +32,7 @@ class GradNorm:
 
     def __init__(self, value: float | None = None, inv_scale: float = 1.0) -> None:
         self._norms: list[Tensor] = []  # on devices that the host does not wait for
-        self._sum_squares = 0.0  # of those that the host has read
+        self.sum_squares = 0.0  # of those that the host has read
         self._value, self._inv_scale = value, inv_scale
 
     @property
@@ -50,14 +50,14 @@ class GradNorm:
 
     def read(self, grad: Tensor) -> float:
         """The same, where nothing has to be waited for: returns the gradient's own norm as a number."""
-        norm = (_norm(grad) if grad.dtype in SIXTEEN_BIT else _vector_norm(grad)).item() * self._inv_scale
-        self._sum_squares += norm * norm
+        norm = (_norm(grad) if grad.dtype in SIXTEEN_BIT else vector_norm(grad)).item() * self._inv_scale
+        self.sum_squares += norm * norm
         return norm
 
     def value(self) -> float:
         """The norm over everything added; reading it waits for the device. 0.0 if nothing was added."""
         if self._value is None:
-            squares = self._sum_squares
+            squares = self.sum_squares
             if self._norms:
                 device = self._norms[0].device
                 norms = [norm.to(device, torch.float32) for norm in self._norms]

@@ -49,6 +49,7 @@ class BackwardPass:
         self._open = False  # a backward pass is under way, or was broken off
         self._measuring = False  # first of two passes: collect the norm, update nothing
         self._skip = False  # drop every gradient of this pass
+        self._plain = False  # nothing is done to the gradients of this pass but to look at their norm: see Slot.on_grad
         self._num_updated = 0  # parameters, in this pass
         self._running: BlockRunner | None = None  # the block whose nested backward passes are under way
         self._accumulating = False  # micro-batches other than the last go through it
@@ -92,11 +93,12 @@ class BackwardPass:
         self._norm = measured or GradNorm(inv_scale=self._inv_scale)
         nothing = self.clip_grad_value is None and coefficient == self._inv_scale == 1.0
         self._prepare = None if nothing else Prepare(self._inv_scale, self.clip_grad_value, coefficient)
+        self._plain = nothing and measured is None and self.adaptive is None and self._reads_norms
 
     def _measure(self, loss: Tensor) -> float:
         """The first of two passes: the norm of the gradients that the second will apply. Changes no weight."""
         self._begin()
-        self._measuring = True
+        self._measuring, self._plain = True, False
         if self._kept is not None:
             self._kept.begin()
         try:
@@ -124,7 +126,7 @@ class BackwardPass:
 
     def _close_backward(self) -> None:
         self._finish_shared()
-        self._open, self._skip = False, False
+        self._open = self._skip = self._plain = False
         self._waiting = set(self.optimizers)
 
     @torch.no_grad()
@@ -171,6 +173,7 @@ class BackwardPass:
 
     def _skip_step(self, why: str) -> None:
         self._skip = self.step_skipped = True
+        self._plain = False
         self.num_skipped_steps += 1
         # An overflow is how a dynamic loss scale finds its level: nothing to warn of.
         tell = _logger.warning if self.loss_scale is None else _logger.info
@@ -216,6 +219,7 @@ class BackwardPass:
             self._skip_step("the first gradient is not finite")
             return
         self._skip = self.step_partial = True
+        self._plain = False
         _logger.warning(
             "a gradient was not finite: %d of %d parameters had been updated, the others were left alone in this step. Exact "
             "clip_grad_norm skips such a step before anything is updated.",

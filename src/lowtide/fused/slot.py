@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..optim import FusibleOptimizer
 from ..optim.base import SIXTEEN_BIT
+from .clipping import vector_norm
 
 if TYPE_CHECKING:
     from .block import BlockRunner
@@ -32,6 +34,7 @@ class Slot:
         "param",
         "runner",
         "shared",
+        "simple",
         "step",
         "total",
     )
@@ -43,6 +46,7 @@ class Slot:
         self.total: Tensor | None = None  # of the micro-batches so far; float32 for 16-bit parameters
         self.step = -1
         self.runner: BlockRunner | None = None  # of the block it belongs to
+        self.simple = False  # outside of blocks, used in one place, and its norm is read without waiting or rounding
         self.handle: Any = None
 
     def attach(self) -> None:
@@ -57,6 +61,23 @@ class Slot:
         """The hook: ``param.grad`` has just been written."""
         engine = self.engine
         grad = param.grad
+        # What follows does this in one piece, for models of thousands of small tensors: the same as the rest of this method
+        # and `apply` where nothing is to be done but the update. Whatever is out of the ordinary goes the long way.
+        if (
+            engine._plain
+            and self.simple
+            and grad is not None
+            and self.step != engine._step
+            and engine._graph_task == _current_graph_task_id()
+        ):
+            norm = vector_norm(grad).item()
+            if norm < math.inf:  # and not NaN
+                param.grad = None
+                engine._norm.sum_squares += norm * norm
+                self.step = engine._step
+                engine._num_updated += 1
+                self.optimizer.update_param(param, grad, self.optimizer.param_groups[self.group_index])
+                return
         if grad is None:  # a kept block sent nothing back
             return
         if not engine._open:
@@ -149,3 +170,7 @@ def mark_shared(slots: dict[Tensor, Slot], runners: Sequence[BlockRunner], model
         slot = slots[param]
         slot.shared = slot.always_shared = places > 1
         slot.in_own_dtype = slot.always_shared and slot not in in_micro_batches
+    for slot in slots.values():
+        slot.simple = (
+            not slot.shared and slot.runner is None and slot.param.is_cpu and slot.param.dtype not in SIXTEEN_BIT
+        )
