@@ -82,6 +82,16 @@ def test_what_host_memory_cannot_hold_goes_to_the_disk(tiny_shape, small_staging
     assert found.footprint.disk[WEIGHTS] == found.copy_bytes > 0
 
 
+def test_device_and_host_memory_hold_together_what_neither_holds_alone(shape):
+    weights = needed(shape, "host")["host"]
+    layer = max(unit.num_bytes for unit in shape.units if unit.is_layer)
+    device = min(needed(shape, "host", size)["device"] for size in (4, 1)) + 2 * layer
+    found = plan(shape, Limits(device, weights - layer, 0))
+    assert found.count("device") >= 1 and found.count("host") >= 1 and found.count("disk") == 0
+    totals = found.footprint.totals()
+    assert totals["device"] <= device and totals["host"] <= weights - layer
+
+
 def test_without_host_memory_everything_streams_from_the_disk(shape, small_staging):
     found = plan(shape, Limits(needed(shape, "disk", 1)["device"], needed(shape, "disk")["host"], HUGE))
     assert found.count("host") == 0

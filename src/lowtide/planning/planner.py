@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..units import format_bytes
+from ..weights.pool import DEFAULT_NUM_SLOTS
 from .footprint import Footprint
 from .speeds import Speeds
 from .step_shape import StepShape
@@ -144,20 +145,30 @@ class _Search:
             return
         for outer in ("host", "disk") if self.shape.device != "cpu" else ("disk",):
             for ends in ("device", outer):
-                on_device = self._most(count, lambda k, o=outer, e=ends: self._homes(k, 0, o, o, e), size, inputs)
-                if on_device is not None:
-                    yield self._homes(on_device, 0, outer, outer, ends)
+                # The more on the device, the less elsewhere: the most that the device takes is what may fit.
+                most = self._most(count, "device", lambda k, o=outer, e=ends: self._homes(k, 0, o, o, e), size, inputs)
+                if most is not None and self.fits(homes := self._homes(most, 0, outer, outer, ends), size, inputs):
+                    yield homes
         yield from self._three_homes(size, inputs)
 
     def _three_homes(self, size: int, inputs: str) -> Iterator[dict[str, str]]:
-        """Host memory is too small for the rest: what does not fit there goes to the disk."""
+        """Device and host memory together are too small: what does not fit there goes to the disk."""
         if self.shape.device == "cpu":
             return
         count = len(self.layers)
-        in_host = self._most(count, lambda k: self._homes(0, k, "host", "disk", "disk"), size, inputs)
-        if in_host:
-            most = self._most(count - in_host, lambda k: self._homes(k, in_host, "host", "disk", "disk"), size, inputs)
-            yield self._homes(most or 0, in_host, "host", "disk", "disk")
+        if count <= DEFAULT_NUM_SLOTS:
+            return
+        # With some layers in host memory, so that the buffers of both homes count in full.
+        few = DEFAULT_NUM_SLOTS
+        on_device = self._most(
+            count - few, "device", lambda k: self._homes(k, few, "host", "disk", "disk"), size, inputs
+        )
+        if on_device is None:
+            return
+        left = count - on_device
+        in_host = self._most(left, "host", lambda k: self._homes(on_device, k, "host", "disk", "disk"), size, inputs)
+        if in_host and self.fits(homes := self._homes(on_device, in_host, "host", "disk", "disk"), size, inputs):
+            yield homes
 
     def _homes(self, on_device: int, then: int, second: str, third: str, ends: str) -> dict[str, str]:
         """The first layers on the device, so many more in the second home, the others in the third."""
@@ -166,14 +177,20 @@ class _Search:
             homes[name] = "device" if number < on_device else second if number < on_device + then else third
         return {unit.name: homes[unit.name] for unit in self.shape.units}
 
-    def _most(self, count: int, homes_with: Any, size: int, inputs: str) -> int | None:
-        """The largest number that fits; the memory grows with it. None if not even 0 does."""
-        if not self.fits(homes_with(0), size, inputs):
+    def _most(self, count: int, place: str, homes_with: Any, size: int, inputs: str) -> int | None:
+        """The largest number with which one place is not over its limit; the memory there grows with it. None if not even 0 is."""
+        limit = getattr(self.limits, place)
+
+        def fits(number: int) -> bool:
+            used = self.shape.footprint(homes_with(number), micro_batch_size=size, block_inputs=inputs).totals()
+            return used[place] <= limit
+
+        if not fits(0):
             return None
         low, high = 0, count
         while low < high:
             middle = (low + high + 1) // 2
-            if self.fits(homes_with(middle), size, inputs):
+            if fits(middle):
                 low = middle
             else:
                 high = middle - 1

@@ -24,6 +24,11 @@ class HostStore:
         self._layouts: list[BlockLayout] = []
         self._buffers: list[Tensor] = []
 
+    @property
+    def num_bytes(self) -> int:
+        """Host memory that it takes."""
+        return sum(buffer.numel() for buffer in self._buffers)
+
     def adopt(self, layouts: Sequence[BlockLayout], value_of: Callable[[str, Tensor], Tensor]) -> None:
         """Take in the initial values, block by block; each parameter then lives in the block's buffer.
 

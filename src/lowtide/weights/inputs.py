@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .lanes import Lane, Transfer, make_lane
+from .layout import aligned_buffer
 
 _MAX_LEAVING = 2  # tensors that wait on the device for their copy to end
 
@@ -78,8 +79,9 @@ class HostInputs:
         return value, copy
 
     def _new_buffer(self, like: Tensor) -> Tensor:
-        self.pool_bytes += like.numel() * like.element_size()
-        return torch.empty(like.numel(), dtype=like.dtype, pin_memory=self.device.type == "cuda")
+        num_bytes = like.numel() * like.element_size()
+        self.pool_bytes += num_bytes
+        return aligned_buffer(num_bytes, torch.device("cpu"), self.device.type == "cuda").view(like.dtype)
 
     def close(self) -> None:
         """Wait for all copies and give the memory up."""

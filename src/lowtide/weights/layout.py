@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .pinned import pinned_buffer
+
 # Blocks begin and end at multiples of this: what direct I/O asks for, and the size of a page.
 PAGE_BYTES = 4096
 
@@ -110,7 +112,9 @@ def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def aligned_buffer(num_bytes: int, device: torch.device, pinned: bool = False) -> Tensor:
-    """Uninitialised bytes that begin at a page, as direct I/O and fast copies want them; uint8 [num_bytes]."""
-    raw = torch.empty(num_bytes + PAGE_BYTES, dtype=torch.uint8, device=device, pin_memory=pinned)
+    """Bytes that begin at a page, as direct I/O and fast copies want them; uint8 [num_bytes], uninitialised or zero."""
+    if pinned:
+        return pinned_buffer(num_bytes)
+    raw = torch.empty(num_bytes + PAGE_BYTES, dtype=torch.uint8, device=device)
     start = -raw.data_ptr() % PAGE_BYTES
     return raw[start : start + num_bytes]

@@ -1,0 +1,5 @@
+"""Where the GPU suite is."""
+
+from pathlib import Path
+
+SUITE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
