@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..data import Record, encode_records
+from ..data import ChoiceItem, Record, encode_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,15 +26,6 @@ NORMALIZATIONS = ("sum", "per_token")
 _PIECE_TOKENS = 1024
 _FLOAT32_TOKENS = 256
 _NO_LIMIT = 2**31
-
-
-@dataclass(frozen=True)
-class ChoiceItem:
-    """A prompt, its possible continuations (leading blanks included) and the index of the right one."""
-
-    prompt: str
-    choices: Sequence[str]
-    gold: int
 
 
 @dataclass(frozen=True)
@@ -82,10 +73,28 @@ def choice_accuracy(
     Raises:
         ValueError: also when an item's ``gold`` is not the index of one of its choices.
     """
+    _check_normalization(normalize)
+    return choice_accuracies(model, tokenizer, items, count_end=count_end)[normalize]
+
+
+def choice_accuracies(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, items: Sequence[ChoiceItem], *, count_end: bool = False
+) -> dict[str, ChoiceResult]:
+    """The same under every one of ``NORMALIZATIONS``, by its name, for the price of one.
+
+    Args, errors: see ``choice_log_likelihoods``.
+
+    Raises:
+        ValueError: also when an item's ``gold`` is not the index of one of its choices.
+    """
     for index, item in enumerate(items):
         if not 0 <= item.gold < len(item.choices):
             raise ValueError(f"item {index}: gold is {item.gold}, but there are {len(item.choices)} choices")
-    scores = choice_log_likelihoods(model, tokenizer, items, normalize=normalize, count_end=count_end)
+    sums = _sums(model, tokenizer, items, count_end)
+    return {name: _result(items, [_normalized(some, name) for some in sums]) for name in NORMALIZATIONS}
+
+
+def _result(items: Sequence[ChoiceItem], scores: list[list[float]]) -> ChoiceResult:
     predictions = [max(range(len(some)), key=some.__getitem__) for some in scores]
     num_right = sum(guess == item.gold for guess, item in zip(predictions, items, strict=True))
     return ChoiceResult(num_right / len(items), len(items), predictions)
@@ -115,12 +124,27 @@ def choice_log_likelihoods(
     Raises:
         ValueError: there are no items or no choices, ``normalize`` is unknown, or an item cannot be tokenised.
     """
+    _check_normalization(normalize)
+    return [_normalized(some, normalize) for some in _sums(model, tokenizer, items, count_end)]
+
+
+def _check_normalization(normalize: str) -> None:
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}")
+
+
+def _normalized(some: list[tuple[float, int]], normalize: str) -> list[float]:
+    return [total / count if normalize == "per_token" else total for total, count in some]
+
+
+def _sums(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, items: Sequence[ChoiceItem], count_end: bool
+) -> list[list[tuple[float, int]]]:
+    """(summed log-likelihood, number of tokens) of every choice of every item."""
     if not items or not all(item.choices for item in items):
         raise ValueError("nothing to score: there must be items, and every item must have choices")
     rows = _rows(items, tokenizer, count_end)
-    flat = [0.0] * sum(len(item.choices) for item in items)
+    flat = [(0.0, 1)] * sum(len(item.choices) for item in items)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any token will do
     was_training = model.training
     model.eval()
@@ -128,7 +152,7 @@ def choice_log_likelihoods(
         with torch.no_grad():
             for piece in _pieces(rows):
                 for choice, total, count in _score(model, piece, pad):
-                    flat[choice] = total / count if normalize == "per_token" else total
+                    flat[choice] = total, count
     finally:
         model.train(was_training)
     scores = iter(flat)
