@@ -29,6 +29,10 @@ COMMANDS = {
         "Count what a training step takes in memory and on disk, choose where the weights live and how many sequences go\n"
         "through a layer at once, and estimate the time of a step. Only the model's config is read, never its weights.",
     ),
+    "eval": (
+        "measure a model: accuracy on tasks, loss on text, or the lm-evaluation-harness",
+        "Measure how good a model is, before or after training.",
+    ),
     "generate": (
         "let a model answer a prompt, or chat with it",
         "Generate text with a model, streamed to the terminal. Without --prompt and --chat the prompt is read from\n"

@@ -40,6 +40,13 @@ class Parser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
 
+def positive_int(text: str) -> int:
+    """The value of a flag that counts something."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 # What other trainers call a setting; not accepted, but understood.
 _ELSEWHERE = {
     "learning_rate": "lr",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import TrainConfig
-from .arguments import UsageError
+from .arguments import UsageError, positive_int
 
 if TYPE_CHECKING:
     from .demo_material import Material
@@ -62,16 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--steps",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help=f"training steps (default: {_STEPS}; {_STEPS_OF_TEXT} for texts and conversations)",
     )
     parser.add_argument(
-        "--batch-size", type=_positive_int, metavar="N", default=8, help="sequences in a step (default: 8)"
+        "--batch-size", type=positive_int, metavar="N", default=8, help="sequences in a step (default: 8)"
     )
     parser.add_argument(
         "--max-seq-len",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         default=128,
         help="tokens in a sequence at most (default: 128)",
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides the split and the order (default: 0)")
     parser.add_argument(
         "--threads",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help="processor threads for the computation (default: torch decides)",
     )
@@ -260,12 +260,6 @@ def _free_directory(name: str) -> Path:
         number += 1
         path = Path(f"{name}-{number}")
     return path
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _say(line: str) -> None:

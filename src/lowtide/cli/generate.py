@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import DTYPES
-from .arguments import UsageError
+from .arguments import UsageError, positive_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message for a model with a chat template")
     parser.add_argument(
         "--max-new-tokens",
-        type=_positive_int,
+        type=positive_int,
         default=256,
         metavar="N",
         help="tokens to generate at most (default: 256)",
@@ -203,12 +203,6 @@ def _read_prompt(prompt: str | None) -> str:
 
 def _system_message(system: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}] if system else []
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _temperature(text: str) -> float:

@@ -98,6 +98,14 @@ class TrainConfig:
         "evaluates nothing",
         default=0.05,
     )
+    task: str | None = _option(
+        MODEL_AND_DATA,
+        "a multiple-choice task instead of records, like superglue/rte: data is then the directory with its official files, or "
+        "aps/super_glue for the hub. Trained on the answers of at most 1000 examples; of others the accuracy is measured too. What is "
+        "to be reported is not touched: see lowtide eval",
+        metavar="superglue/NAME",
+        default=None,
+    )
     bad_records: str = _option(
         MODEL_AND_DATA,
         "lines of the data that are no usable record: refuse the file, or skip them, count them and say where they are",
@@ -304,6 +312,7 @@ class TrainConfig:
             ValueError: a value that cannot work; the message starts with the field's name.
         """
         _check_present(self)
+        _check_task(self)
         _check_choices(self)
         _check_ranges(self)
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
@@ -343,6 +352,15 @@ def _check_present(config: TrainConfig) -> None:
         raise ValueError("data must name at least one file")
     if config.eval_data is not None and not config.eval_data:
         raise ValueError("eval_data must name at least one file, or be left out")
+
+
+def _check_task(config: TrainConfig) -> None:
+    if config.task is None:
+        return
+    if not config.task.startswith("superglue/"):
+        raise ValueError(f"task must be superglue/ and a name, as in superglue/rte, got {config.task!r}")
+    if len(config.data) != 1 or config.eval_data is not None:
+        raise ValueError("task needs data to be one directory, and no eval_data: what is held out is part of the task")
 
 
 def _check_choices(config: TrainConfig) -> None:

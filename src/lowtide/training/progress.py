@@ -43,10 +43,15 @@ class ConsoleProgress:
         elif kind == "train":
             self._show_step(event)
         elif kind == "eval":
-            self._say(
-                f"step {event['step']}: held-out loss {event['loss']:.4f}, perplexity {event['perplexity']:.2f} "
-                f"({event['num_tokens']} tokens)"
-            )
+            scores = [
+                f"held-out loss {event['loss']:.4f}, perplexity {event['perplexity']:.2f} ({event['num_tokens']} tokens)"
+            ]
+            scores += [
+                f"accuracy {event[name]:.1%} ({name.removeprefix('accuracy_').replace('_', ' ')})"
+                for name in ("accuracy_sum", "accuracy_per_token")
+                if name in event
+            ]
+            self._say(f"step {event['step']}: {', '.join(scores)}")
         elif kind == "checkpoint" and "path" in event:
             size, seconds = format_bytes(event["num_bytes"]), format_duration(event["seconds"])
             self._say(f"step {event['step']}: checkpoint {event['path']} ({size}, {seconds})")

@@ -86,9 +86,10 @@ class Reporter:
         self._tell("train", loss=loss, num_tokens=num_tokens, tokens_per_s=speed, **self._memory(), **facts)
         self._last = time.perf_counter()
 
-    def evaluation(self, result: LossResult) -> None:
-        """Report a held-out score. Its time does not count as time of a step."""
+    def evaluation(self, result: LossResult, accuracies: Mapping[str, float]) -> None:
+        """Report a held-out score, of a task with its accuracies by scoring. Its time does not count as time of a step."""
         scores = {"loss": result.loss, "perplexity": result.perplexity, "num_tokens": result.num_tokens}
+        scores |= {f"accuracy_{name}": value for name, value in accuracies.items()}
         self._tell("eval", **scores, **self._memory())
         self._last = time.perf_counter()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..evaluation import LossResult, evaluate_loss
+from ..evaluation import LossResult, choice_accuracies, evaluate_loss
 from ..fusing import fuse
 from ..log import get_logger
 from ..models import load_model, load_tokenizer, parse_dtype
@@ -81,7 +81,8 @@ class Run:
         if self.data.held_out is None:
             return None
         result = evaluate_loss(self.model, self.data.held_out.epoch(0))
-        self.report.evaluation(result)
+        found = choice_accuracies(self.model, self.tokenizer, self.data.choices) if self.data.choices else {}
+        self.report.evaluation(result, {name: each.accuracy for name, each in found.items()})
         return result
 
     def facts(self) -> dict[str, Any]:

@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..data import Batches, Example, Record, TokenStats, encode_records, read_records, split_held_out
+from ..data import (
+    Batches,
+    ChoiceItem,
+    Example,
+    Record,
+    TokenStats,
+    as_records,
+    encode_records,
+    load_superglue,
+    read_records,
+    split_held_out,
+)
+from ..data.superglue import HUB_ID, TaskData
 from ..log import get_logger
 from ..optim import AdaLomo, Lomo, PerParameter
 from ..units import format_bytes
@@ -38,11 +50,13 @@ class TrainData:
         train: batches of the training sequences.
         held_out: batches of the held-out sequences, always in the same order; None when nothing is evaluated.
         stats: counts of the training data, with the passages that were held out of it, if any.
+        choices: held-out questions of a task, of which the accuracy is measured, too.
     """
 
     train: Batches
     held_out: Batches | None
     stats: TokenStats
+    choices: Sequence[ChoiceItem] = ()
 
 
 def check_output(output: str | Path, *, resumed: bool = False) -> Path:
@@ -183,6 +197,9 @@ def read_data(config: TrainConfig) -> tuple[list[Record], list[Record]]:
     Raises:
         FileNotFoundError, ValueError: a file is missing, malformed or empty, or there are too few records to hold out.
     """
+    if config.task is not None:
+        items = read_task(config.task, config.data[0], config.seed)
+        return as_records(items.train, config.task), as_records(items.dev, f"{config.task} (dev)")
     records = _read(config, config.data)
     if config.eval_data is not None:
         return records, _read(config, config.eval_data)
@@ -194,6 +211,15 @@ def read_data(config: TrainConfig) -> tuple[list[Record], list[Record]]:
             "eval_fraction to 0"
         )
     return split_held_out(records, config.eval_fraction, config.seed)
+
+
+def read_task(task: str, data: str, seed: int) -> TaskData:
+    """The items of a task such as superglue/rte, from a directory or the hub.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: there is no such task, or its files are missing or malformed.
+    """
+    return load_superglue(task.removeprefix("superglue/"), None if data == HUB_ID else data, seed=seed)
 
 
 def _read(config: TrainConfig, paths: Sequence[str]) -> list[Record]:
@@ -246,7 +272,9 @@ def encode_data(
     train = batches(examples, config.batch_size, shuffle=True)
     if not held_out_examples:
         return TrainData(train, None, stats)
-    return TrainData(train, batches(held_out_examples, config.micro_batch_size or config.batch_size, False), stats)
+    choices = () if config.task is None else read_task(config.task, config.data[0], config.seed).dev
+    held_out_batches = batches(held_out_examples, config.micro_batch_size or config.batch_size, False)
+    return TrainData(train, held_out_batches, stats, choices)
 
 
 def _holds_out_passages(config: TrainConfig, records: Sequence[Record]) -> bool:

@@ -1,0 +1,208 @@
+"""``lowtide eval``: how good a model is, on a task with right answers or on text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..training.config import DTYPES
+from .arguments import UsageError, positive_int
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_EPILOG = """\
+examples:
+  lowtide eval --model tuned/model --task superglue/rte superglue/copa --data SuperGLUE
+  lowtide eval --model tuned/model --data held-out.jsonl
+  lowtide eval --model tuned/model --lm-eval arc_easy hellaswag
+
+A task is multiple choice: the answer is the choice that the model finds likeliest after the prompt. The log-likelihoods of
+its tokens are added up (sum), or divided by their number as well (per_token, as in the LOMO paper). Both are shown."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "--model", required=True, help="a Hugging Face directory, a name on the Hugging Face hub, or a .gguf file"
+    )
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        metavar="superglue/NAME",
+        help="tasks: superglue/rte, boolq, wsc, wic, multirc, copa or cb; --data is the directory with the official files",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE|DIR",
+        help="with --task: the directory of its files, default: the Hugging Face hub; without: text or JSONL to measure the loss on",
+    )
+    parser.add_argument(
+        "--scoring", choices=("sum", "per_token"), help="of a task: the accuracy that counts (default: per_token)"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("test", "dev", "train"),
+        help="of a task: test is its validation file, dev is what lowtide train --task holds out (default: test)",
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="examples of a task at most, drawn by the seed (default: 1000)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of that draw, and of the splits (default: 0)")
+    parser.add_argument(
+        "--lm-eval", nargs="+", metavar="TASK", help="tasks of the lm-evaluation-harness (pip install 'lowtide[eval]')"
+    )
+    parser.add_argument(
+        "--lm-eval-include", metavar="DIR", help="a directory with task files of your own for --lm-eval; works offline"
+    )
+    parser.add_argument(
+        "--max-seq-len",
+        type=positive_int,
+        default=512,
+        metavar="N",
+        help="tokens in a sequence of --data (default: 512)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="sequences at a time, but for tasks (default: 8)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the scores there as JSON; it must not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES[:3],
+        help="number format (default: bfloat16, or float32 on a processor that is slow with it)",
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that comes with the model"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate. Returns the exit code."""
+    _check(args)
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    from ..models import load_model, load_tokenizer, parse_dtype
+    from ..planning import computes_bfloat16
+    from ..training import resolve_device
+
+    device = resolve_device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if computes_bfloat16(device) else "float32")
+    tasks = _load_tasks(args)  # what is wrong with them shows before the model is loaded
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    batches = None if args.task or not args.data else _read_text(args, tokenizer)
+    model = load_model(
+        args.model, dtype=parse_dtype(args.dtype), device=device, trust_remote_code=args.trust_remote_code
+    )
+    model.eval()
+    scores: dict[str, Any] = {}
+    for name, data in tasks.items():
+        scores[name] = _score_task(args, model, tokenizer, name, data)
+    if batches is not None:
+        scores["text"] = _score_text(model, batches)
+    if args.lm_eval:
+        from ..evaluation.harness import evaluate_with_harness
+
+        found = evaluate_with_harness(
+            model, tokenizer, args.lm_eval, batch_size=args.batch_size, limit=args.limit, include=args.lm_eval_include
+        )
+        for name, metrics in found.items():
+            print(f"{name}: {', '.join(f'{metric} {value:.4f}' for metric, value in metrics.items())}", flush=True)
+        scores["lm_eval"] = found
+    if args.output:
+        with Path(args.output).expanduser().open("x", encoding="utf-8") as file:
+            json.dump({"model": args.model, "dtype": args.dtype, "scores": scores}, file, indent=1)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not (args.task or args.data or args.lm_eval):
+        raise UsageError("nothing to evaluate: give --task, --data or --lm-eval")
+    if args.task and args.data and len(args.data) != 1:
+        raise UsageError("--task takes one directory as --data")
+    for name in ("scoring", "split", "seed"):
+        if getattr(args, name) is not None and not args.task:
+            raise UsageError(f"--{name} is for --task")
+    if args.limit is not None and not (args.task or args.lm_eval):
+        raise UsageError("--limit is for --task and --lm-eval")
+    if args.lm_eval_include is not None and not args.lm_eval:
+        raise UsageError("--lm-eval-include is for --lm-eval")
+    for name in args.task or ():
+        if not name.startswith("superglue/"):
+            raise UsageError(f"--task {name}: a task is superglue/ and a name, as in superglue/rte")
+    if args.output is None:
+        return
+    path = Path(args.output).expanduser()
+    if path.exists():
+        raise FileExistsError(f"--output {path} exists, and nothing is overwritten: name a new file")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--output {path}: there is no directory {path.absolute().parent}")
+
+
+def _load_tasks(args: argparse.Namespace) -> dict[str, Any]:
+    from ..data import load_superglue
+
+    data, limit = args.data[0] if args.data else None, args.limit or 1000
+    return {
+        name: load_superglue(
+            name.removeprefix("superglue/"), data, num_train=limit if args.split == "train" else 1000,
+            num_dev=limit if args.split == "dev" else 1000, num_test=limit, seed=args.seed or 0,
+        )
+        for name in args.task or ()
+    }  # fmt: skip
+
+
+def _score_task(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, data: Any
+) -> dict[str, Any]:
+    from ..data import majority_share
+    from ..evaluation import choice_accuracies
+
+    items, scoring = data.split(args.split or "test"), args.scoring or "per_token"
+    found = choice_accuracies(model, tokenizer, items)
+    majority = majority_share(items)
+    other = next(each for each in found if each != scoring)
+    print(
+        f"{name}: accuracy {found[scoring].accuracy:.1%} ({scoring.replace('_', ' ')}; {other.replace('_', ' ')} "
+        f"{found[other].accuracy:.1%}; always the most frequent answer {majority:.1%}), {len(items)} examples of "
+        f"{args.split or 'test'}",
+        flush=True,
+    )
+    return {
+        "split": args.split or "test", "num_items": len(items), "scoring": scoring, "accuracy": found[scoring].accuracy, "majority": majority,
+        **{f"accuracy_{each}": result.accuracy for each, result in found.items()}, "predictions": found[scoring].predictions,
+        "gold": [item.gold for item in items], "note": data.note,
+    }  # fmt: skip
+
+
+def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Any:
+    from ..data import Batches, encode_records, read_records
+
+    records = read_records(args.data)
+    examples, stats = encode_records(records, tokenizer, args.max_seq_len)
+    print(f"{stats.num_records} records, {stats.num_trained_tokens} tokens that count", flush=True)
+    packing = all(record.text is not None for record in records)
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return Batches(
+        examples, batch_size=args.batch_size, max_seq_len=args.max_seq_len, packing=packing, seed=0, shuffle=False,
+        pad_token_id=next((token for token in known if token is not None), 0),
+    )  # fmt: skip
+
+
+def _score_text(model: PreTrainedModel, batches: Any) -> dict[str, Any]:
+    from ..evaluation import evaluate_loss
+    from ..training.setup import without_cache
+
+    with without_cache(model):
+        found = evaluate_loss(model, batches.epoch(0))
+    print(f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f} ({found.num_tokens} tokens)", flush=True)
+    return {"loss": found.loss, "perplexity": found.perplexity, "num_tokens": found.num_tokens}

@@ -1,0 +1,162 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from superglue_files import write_rte
+from tiny_files import write_jsonl
+
+
+@pytest.fixture
+def superglue(tmp_path):
+    return write_rte(tmp_path / "SuperGLUE")
+
+
+def test_a_task_is_scored_both_ways_and_written(lowtide, model_dir, superglue, tmp_path):
+    path = tmp_path / "scores.json"
+    result = lowtide(
+        "eval",
+        "--model",
+        model_dir,
+        "--task",
+        "superglue/rte",
+        "--data",
+        superglue,
+        "--dtype",
+        "float32",
+        "--output",
+        path,
+    )
+    assert (result.code, result.err) == (0, [])
+    assert "superglue/rte: accuracy" in result.out and "per token" in result.out and "20 examples of test" in result.out
+    scores = json.loads(path.read_text())["scores"]["superglue/rte"]
+    right = sum(guess == gold for guess, gold in zip(scores["predictions"], scores["gold"], strict=True))
+    assert scores["accuracy"] == scores["accuracy_per_token"] == right / 20 == pytest.approx(scores["accuracy"])
+    assert scores["majority"] == pytest.approx(13 / 20) and 0 <= scores["accuracy_sum"] <= 1
+
+
+def test_splits_scoring_and_limit(lowtide, model_dir, superglue):
+    arguments = ["eval", "--model", model_dir, "--task", "superglue/rte", "--data", superglue, "--dtype", "float32"]
+    result = lowtide(*arguments, "--split", "dev", "--scoring", "sum", "--limit", 5)
+    assert result.code == 0 and "(sum; per token" in result.out and "5 examples of dev" in result.out
+
+
+def test_text_is_scored_as_in_training(lowtide, model_dir, tmp_path):
+    from lowtide.data import Batches, encode_records, read_records
+    from lowtide.evaluation import evaluate_loss
+    from lowtide.models import load_model, load_tokenizer
+
+    path = write_jsonl(
+        tmp_path / "held-out.jsonl", [{"prompt": "ab", "completion": "abab"}, {"prompt": "c", "completion": "cc"}]
+    )
+    result = lowtide("eval", "--model", model_dir, "--data", path, "--dtype", "float32")
+    assert (result.code, result.err) == (0, [])
+    tokenizer = load_tokenizer(str(model_dir))
+    examples, stats = encode_records(read_records(path), tokenizer, 512)
+    batches = Batches(examples, batch_size=1, max_seq_len=512, pad_token_id=0, packing=False, seed=0)
+    expected = evaluate_loss(load_model(str(model_dir), dtype=torch.float32, device="cpu"), batches.epoch(0))
+    assert (
+        f"loss {expected.loss:.4f}, perplexity {expected.perplexity:.2f} ({stats.num_trained_tokens} tokens)"
+        in result.out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to evaluate: give --task, --data or --lm-eval"),
+        (["--task", "rte"], "a task is superglue/ and a name"),
+        (["--task", "superglue/rt", "--data", "."], "superglue/rt is no task"),
+        (["--task", "superglue/rte", "--data", "a", "b"], "--task takes one directory"),
+        (["--task", "superglue/rte", "--data", "nowhere"], "holds no RTE/val.jsonl"),
+        (["--data", "x.jsonl", "--scoring", "sum"], "--scoring is for --task"),
+        (["--data", "x.jsonl", "--limit", "3"], "--limit is for --task and --lm-eval"),
+        (["--data", "x.jsonl", "--lm-eval-include", "."], "--lm-eval-include is for --lm-eval"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--task", "superglue/rte", "--limit", "0"], "whole number of at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(lowtide, model_dir, arguments, message):
+    result = lowtide("eval", "--model", model_dir, *arguments)
+    assert result.code == 2 and len(result.err) == 1 and message in result.err[0]
+
+
+def test_nothing_is_overwritten(lowtide, model_dir, superglue, tmp_path):
+    path = tmp_path / "scores.json"
+    path.write_text("mine")
+    arguments = ["eval", "--model", model_dir, "--task", "superglue/rte", "--data", superglue]
+    result = lowtide(*arguments, "--output", path)
+    assert result.code == 2 and "nothing is overwritten" in result.err[0] and path.read_text() == "mine"
+    assert lowtide(*arguments, "--output", tmp_path / "no" / "x.json").code == 2
+
+
+# The harness, offline: a task file over data that lies on this disk ------------------------------------------------------
+
+
+TASK = """\
+task: letters
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {path}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["yes", "no"]
+doc_to_target: "{{{{label}}}}"
+target_delimiter: " "
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    rows = [{"question": f"Is {index} even?", "label": index % 2} for index in range(8)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "letters.yaml").write_text(TASK.format(path=path))
+    return folder, rows
+
+
+def test_the_harness_agrees_with_our_own_scoring(lowtide, model_dir, own_task, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs the extra eval (make test installs it)")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from lowtide.evaluation import ChoiceItem, choice_accuracy
+    from lowtide.models import load_model, load_tokenizer
+
+    folder, rows = own_task
+    path = tmp_path / "scores.json"
+    result = lowtide(
+        "eval",
+        "--model",
+        model_dir,
+        "--lm-eval",
+        "letters",
+        "--lm-eval-include",
+        folder,
+        "--dtype",
+        "float32",
+        "--output",
+        path,
+    )
+    assert result.code == 0, result.err
+    found = json.loads(path.read_text())["scores"]["lm_eval"]["letters"]
+    items = [ChoiceItem(row["question"], [" yes", " no"], row["label"]) for row in rows]
+    model = load_model(str(model_dir), dtype=torch.float32, device="cpu")
+    expected = choice_accuracy(model, load_tokenizer(str(model_dir)), items, normalize="sum").accuracy
+    assert found["acc"] == pytest.approx(expected) and f"letters: acc {expected:.4f}" in result.out
+
+
+def test_an_unknown_task_of_the_harness(lowtide, model_dir, own_task):
+    pytest.importorskip("lm_eval", reason="needs the extra eval (make test installs it)")
+    result = lowtide("eval", "--model", model_dir, "--lm-eval", "leters", "--lm-eval-include", own_task[0])
+    assert result.code == 2 and "no task 'leters' (did you mean letters?)" in result.err[-1]
+
+
+def test_without_the_harness(lowtide, model_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    result = lowtide("eval", "--model", model_dir, "--lm-eval", "letters")
+    assert result.code == 2 and "pip install 'lowtide[eval]'" in result.err[-1]
