@@ -66,6 +66,7 @@ class Training:
 
     def __init__(self, context: Context, model: Any, setup: Setup, rule: str = "lomo") -> None:
         self.context, self.model, self.setup = context, model, setup
+        self.only_first = False
         self.optimizer = RULES[rule](model.parameters())
         with copies_on_a_cpu(context):
             self.engine = lowtide.fuse(
@@ -92,11 +93,13 @@ class Training:
             reserve_s: of the part's time, left for what comes after.
         """
         warm_up = self.step()
+        self.only_first = False
         found: list[float] = []
         for _ in range(most):
             if found and self.context.seconds_left() < reserve_s + 1.2 * found[-1]:
                 return
             if not found and self.context.seconds_left() < reserve_s + warm_up:
+                self.only_first = True
                 yield [warm_up]  # better than nothing
                 return
             found.append(self.step())
@@ -110,6 +113,10 @@ class Training:
         found = {"pinned": pinned, "resident": peak_resident_bytes()}
         if not self.context.rehearse:
             found["allocated"], found["reserved"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            free, total = torch.cuda.mem_get_info()
+            found["outside_torch"] = (
+                total - free - torch.cuda.memory_reserved()
+            )  # libraries that were loaded meanwhile, too
         return found
 
     def speed(self, seconds: list[float]) -> dict[str, Any]:
@@ -160,14 +167,31 @@ def setup_of(plan: Plan, batch_size: int, seq_len: int, directory: Path) -> Setu
     )  # fmt: skip
 
 
+def pressure(context: Context) -> list[str]:
+    """Whether torch's allocator had to give memory back and ask again, which stops everything: free memory lay in pieces."""
+    retries = 0 if context.rehearse else torch.cuda.memory_stats()["num_alloc_retries"]
+    return [f"{retries} allocations tried again"] if retries else []
+
+
 def train_and_report(
     context: Context, case: str, config: LlamaConfig, setup: Setup, *, most_steps: int, rule: str = "lomo", reserve_s: float = 0.0,
     **columns: Any,
 ) -> list[float]:  # fmt: skip
     """Fuse a random model, train it, and report after every step; returns the seconds of the steps that count."""
+    began, note = time.monotonic(), columns.pop("note", "")
     training = Training(context, random_model(context, config), setup, rule)
+    note += f"; weights made and placed in {time.monotonic() - began:.0f} s"
     seconds: list[float] = []
     for seconds in training.steps(most_steps, reserve_s):
-        context.row(case, **training.speed(seconds), **training.memory(), **columns)
+        remarks = [note, "first step only"] if training.only_first else [note]
+        context.row(
+            case,
+            **training.speed(seconds),
+            **training.memory(),
+            note="; ".join([*remarks, *pressure(context)]),
+            **columns,
+        )
+    for param in training.model.parameters():  # or removing the engine would copy those on the card to host memory
+        param.data = torch.empty(0, dtype=param.dtype)
     training.close()
     return seconds

@@ -25,6 +25,8 @@ def overlap(context: Context) -> None:
     training.step()
     training.step()
     plain_s = training.step()
+    case = f"13b shape, 8 layers, {batch} x {seq}"
+    context.row(case, **training.speed([plain_s]), **training.memory(), note="not traced")
     activities = [ProfilerActivity.CPU] if context.rehearse else [ProfilerActivity.CUDA]
     with profile(activities=activities) as profiler:
         traced_s = training.step()
@@ -39,7 +41,7 @@ def overlap(context: Context) -> None:
             f"traced step {traced_s:.4f} s; {path.name}"
         )
     context.row(
-        f"13b shape, 8 layers, {batch} x {seq}", **training.speed([plain_s]), **training.memory(),
+        case, **training.speed([plain_s]), **training.memory(),
         ratio="" if found is None else f"{found['hidden_share']:.3f}", note=f"ratio: share of the copying that is hidden; {note}",
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ PARTS = (
         "the same bits in every home, fused or not; kernels beside their twins",
         "parity",
         "parity",
-        seconds=70,
+        seconds=120,
         device_gib=4,
         host_gib=8,
     ),

@@ -19,28 +19,34 @@ def resident(context: Context) -> None:
     """Steps with each rule and without any update, in turn; then the paper's batch of one sequence."""
     config = llama_config(context, "7b")
     batch, seq = (2, 32) if context.rehearse else (8, 1024)
+    plans = {
+        rule: planned(
+            step_shape(context, config, batch, seq, optimizer="adalomo" if rule == "adalomo" else "lomo").footprint(
+                "device"
+            )
+        )
+        for rule in RULES
+    }
     model = random_model(context, config)
     times: dict[str, list[float]] = {rule: [] for rule in RULES}
-    rounds = 2 if context.rehearse else 4
-    for number in range(rounds):
+    for _ in range(2 if context.rehearse else 4):
         for rule in RULES:
             training = Training(context, model, Setup(batch, seq), rule)
             training.step()
             times[rule].append(training.step())
-            if number == rounds - 1 or context.seconds_left() < 30:
-                kind = {"no update": "lomo"}.get(rule, rule)
-                plan = step_shape(context, config, batch, seq, optimizer=kind).footprint("device")
-                ratio = (
-                    statistics.median(a / b for a, b in zip(times[rule], times["no update"], strict=False))
-                    if times["no update"]
-                    else 0
-                )
-                context.row(
-                    f"7b, {rule}, {batch} x {seq}", **training.speed(times[rule]), **training.memory(), **planned(plan),
-                    ratio=f"{ratio:.3f}" if ratio else "", note=f"ratio: to a backward without update, {len(times[rule])} rounds",
-                )  # fmt: skip
+            context.row(
+                f"7b, {rule}, {batch} x {seq}", **training.speed(times[rule]), **training.memory(), **plans[rule],
+                note=f"{len(times[rule])} rounds",
+            )  # fmt: skip
             model = training.close()
-        if context.seconds_left() < 30:
+        for rule in RULES:
+            ratio = statistics.median(a / b for a, b in zip(times[rule], times["no update"], strict=True))
+            context.row(
+                f"7b, {rule} beside no update",
+                ratio=f"{ratio:.3f}",
+                note=f"median of {len(times[rule])} rounds, in turn",
+            )
+        if context.seconds_left() < 15:
             break
     training = Training(context, model, Setup(1, seq))
     for seconds in training.steps(5):

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from lowtide.planning import Limits, Plan, Speeds, available_host_bytes, find_speeds, make_plan
-from lowtide.planning.planner import micro_batches
+from lowtide.planning.planner import find_plan, micro_batches
 from lowtide.units import format_bytes
 
 from .context import Context, limit_device_memory
@@ -71,7 +71,7 @@ def choose(context: Context, name: str, usable: int, folder: Path) -> Chosen:
     config = llama_config(context, name)
     seq = 32 if context.rehearse else 1024
     free_disk = int(_USABLE_DISK * psutil.disk_usage(str(folder)).free)
-    speeds, why = _speeds(context, folder), ""
+    speeds, why = _speeds(context, folder), "weights and block inputs alone are more than there is room for"
     while True:
         for disk in (0, free_disk):
             for batch in (8, 4, 2, 1):
@@ -80,10 +80,9 @@ def choose(context: Context, name: str, usable: int, folder: Path) -> Chosen:
                 least = num_parameters(config) + batch * seq * config.hidden_size * config.num_hidden_layers
                 if 2 * least > limits.device + limits.host + disk:
                     continue
-                try:
-                    plan = make_plan(step_shape(context, config, batch, seq), limits=limits, speeds=speeds)
-                except MemoryError as error:
-                    why = str(error)
+                plan = find_plan(step_shape(context, config, batch, seq), limits=limits, speeds=speeds)
+                if plan is None:
+                    why = f"no plan for {batch} x {seq}"
                     continue
                 return Chosen(config, batch, seq, plan)
         if config.num_hidden_layers <= 2:

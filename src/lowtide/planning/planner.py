@@ -82,7 +82,7 @@ def make_plan(
     micro_batch_size: int | None = None,
     block_inputs: str | None = None,
 ) -> Plan:
-    """The fastest plan that fits; of equally fast ones that which moves least and has the largest micro-batch.
+    """The fastest plan that fits; of equally fast ones that with the least on disk, the largest micro-batch, and the least that moves.
 
     Args:
         shape: of the step.
@@ -96,25 +96,59 @@ def make_plan(
         MemoryError: nothing fits; the message says what would.
         ValueError: an argument is out of range.
     """
+    found = find_plan(
+        shape,
+        limits=limits,
+        speeds=speeds,
+        weights=weights,
+        micro_batch_size=micro_batch_size,
+        block_inputs=block_inputs,
+    )
+    if found is None:
+        size = 1 if micro_batch_size is None else micro_batch_size
+        raise MemoryError(_nothing_fits(shape, limits, weights, size, _places(shape, block_inputs)))
+    return found
+
+
+def find_plan(
+    shape: StepShape,
+    *,
+    limits: Limits,
+    speeds: Speeds,
+    weights: str = "auto",
+    micro_batch_size: int | None = None,
+    block_inputs: str | None = None,
+) -> Plan | None:
+    """The same, or None if nothing fits: to find out what would takes longer than the search.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
     if weights not in ("auto", *HOMES):
         raise ValueError(f"weights must be one of auto, {', '.join(HOMES)}, got {weights!r}")
     if micro_batch_size is not None and not 1 <= micro_batch_size <= shape.batch_size:
         raise ValueError(f"micro_batch_size must lie between 1 and the batch size, got {micro_batch_size}")
     search = _Search(shape, limits, weights)
     sizes = micro_batches(shape.batch_size) if micro_batch_size is None else (micro_batch_size,)
-    places = ("device", "host") if shape.device != "cpu" else ("device",)
     best: tuple[Any, Plan] | None = None
     for size in sizes:
-        for inputs in (block_inputs,) if block_inputs else places:
+        for inputs in _places(shape, block_inputs):
             for homes in search.candidates(size, inputs):
                 plan = _plan(shape, homes, size, inputs, limits, speeds)
-                # to the microsecond: what is equal but for rounding is equal
-                key = (round(plan.time.step_s, 6), len(homes) - plan.count("device"), inputs == "host", -size)
+                # To the microsecond: what is equal but for rounding is equal. A disk wears; small micro-batches cost more than is
+                # worked out here (launches, sums); a bus that is not the bottleneck costs nothing.
+                streamed = len(homes) - plan.count("device")
+                key = (round(plan.time.step_s, 6), plan.count("disk"), -size, streamed, inputs == "host")
                 if best is None or key < best[0]:
                     best = key, plan
-    if best is None:
-        raise MemoryError(_nothing_fits(shape, limits, weights, sizes[-1], (block_inputs,) if block_inputs else places))
-    return best[1]
+    return None if best is None else best[1]
+
+
+def _places(shape: StepShape, block_inputs: str | None) -> tuple[str, ...]:
+    """Where the block inputs may be."""
+    if block_inputs is not None:
+        return (block_inputs,)
+    return ("device", "host") if shape.device != "cpu" else ("device",)
 
 
 def micro_batches(batch_size: int) -> tuple[int, ...]:

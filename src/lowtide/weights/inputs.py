@@ -6,6 +6,7 @@ computed. The host buffers are pinned where there is a GPU, and used again in ev
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -24,6 +25,13 @@ class _Kept:
     def __init__(self, buffer: Tensor, like: Tensor, copied: Transfer) -> None:
         self.buffer, self.shape, self.device, self.copied = buffer, like.shape, like.device, copied
         self.back: tuple[Tensor, Transfer] | None = None  # on its way to the device
+
+    def __del__(self) -> None:
+        if (
+            self.back is not None
+        ):  # nobody asked for it, in a pass that was broken off: its memory is not free before the copy ended
+            with contextlib.suppress(Exception):
+                self.back[1].wait()
 
 
 class HostInputs:
@@ -67,6 +75,9 @@ class HostInputs:
         value, transfer = packed.back or self._bring(packed)
         packed.back = None  # a second pass brings it again
         transfer.wait()
+        for copied, _ in self._leaving:  # the forward pass is over: the last ones are in host memory
+            copied.wait()
+        self._leaving.clear()
         stack = [kept for ref in self._stack if (kept := ref()) is not None]
         position = next((index for index, kept in enumerate(stack) if kept is packed), 0)
         if position > 0 and stack[position - 1].back is None:

@@ -42,7 +42,7 @@ def pinned_buffer(num_bytes: int) -> Tensor:
         return torch.empty(0, dtype=torch.uint8)
     size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
     try:
-        memory = _Registered(-1, size)
+        memory = _Registered(-1, size, **_private())
     except OSError as error:
         raise MemoryError(f"{num_bytes} bytes of host memory for weights: {error.strerror}") from None
     # A child made by fork (a worker that loads data) would get a copy of every locked page, so it gets none of them.
@@ -66,6 +66,12 @@ def pinned_buffer(num_bytes: int) -> Tensor:
             f"{num_bytes} bytes of host memory cannot be page-locked, which copies beside the computation need: {error}. Keep "
             "part of the weights on disk, or allow more locked memory (ulimit -l)."
         ) from None
+
+
+def _private() -> dict[str, int]:
+    """Huge pages are for private memory; Python's default is memory that is shared with forked processes."""
+    flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+    return {"flags": flags} if flags else {}  # Windows has none
 
 
 def _cudart() -> Any:

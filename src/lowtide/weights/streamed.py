@@ -168,6 +168,7 @@ class StreamedHome:
         if slot is None:  # the order of uses is not the usual one
             slot = max(free, key=lambda s: s.num_bytes)
             slot.grow(self.layouts[number].num_bytes)
+            slot.computed = self._read_lane.marker()  # its memory may be what computation before this has used
         self._read_into(slot, number)
         return slot
 
