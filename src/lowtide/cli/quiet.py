@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 
-
 _DATA = "lowtide.data.records"
 
 

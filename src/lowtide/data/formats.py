@@ -257,7 +257,7 @@ def _turn(item: Any, name: str, keys: tuple[str, str], roles: Mapping[str, str],
 
 
 def _near_role(role: Any, roles: Iterable[str]) -> str:
-    close = difflib.get_close_matches(role.lower(), list(roles), n=1, cutoff=0.7) if isinstance(role, str) else []
+    close = difflib.get_close_matches(role.lower(), list(roles), n=1) if isinstance(role, str) else []
     return f" (is it meant to be {close[0]!r}?)" if close else ""
 
 
