@@ -1,14 +1,16 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lowtide.data import Batches, encode_records, read_records
+from lowtide.data import Batches, encode_records, read_records, read_sources
 from tiny_files import save_tiny_model, write_jsonl
 
 RULE = "-" * 80
+DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def examples_in(out):
@@ -173,3 +175,28 @@ def test_training_says_what_it_read_and_others_do_not(lowtide, model_dir, chat_f
     quiet_libraries()
     assert len(read_records(chat_file)) == 2
     assert capfd.readouterr().out == ""
+
+
+def test_the_preview_in_the_documentation(lowtide, model_dir, chat_file, monkeypatch):
+    monkeypatch.chdir(chat_file.parent)
+    out = lowtide("data", "preview", "--data", chat_file.name, "--model", model_dir).out
+    assert "".join(f"    {line}".rstrip() + "\n" for line in out.splitlines()) in DOCS
+
+
+def test_records_in_the_documentation(lowtide, model_dir, tmp_path):
+    rows = re.findall(r"^\| ([a-z/]+) \| `(\{.*?\})` \| ", DOCS, re.MULTILINE)
+    assert [format for format, _ in rows] == ["text", "prompt/completion", "messages", "alpaca", "sharegpt"]
+    for format, row in rows:
+        path = tmp_path / "r.jsonl"
+        path.write_text(row)
+        assert read_sources(path)[0].format == format
+    tables = re.findall(r"^    ((?:prompt,completion|messages)\n    .*\n)", DOCS, re.MULTILINE)
+    assert len(tables) == 2
+    for table in tables:
+        path = tmp_path / "r.csv"
+        path.write_text(table.replace("\n    ", "\n"))
+        assert len(read_records(path)) == 1
+    cut = re.search(r"`(\{[^`]*\})` is trained on as `(.*?)`", DOCS.replace("too\nlong", "too long"))
+    path = write_jsonl(tmp_path / "cut.jsonl", [json.loads(cut[1])])
+    out = lowtide("data", "preview", "--data", path, "--model", model_dir, "--max-seq-len", 8).out
+    assert [text for _, text in examples_in(out)] == [cut[2]]
