@@ -1,12 +1,15 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowtide.cli.demo_score import example_answers
 from lowtide.data import Batches, encode_records, read_records, read_sources
+from lowtide.data.formats import alpaca_prompt
 from tiny_files import save_tiny_model, write_jsonl
 
 RULE = "-" * 80
@@ -143,6 +146,17 @@ def test_alpaca_without_a_chat_template(lowtide, tmp_path):
     ((_, text),) = examples_in(result.out)
     assert text.startswith("Below is an instruction that describes a task, paired with an input")
     assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n⟦3<|end|>⟧")
+
+
+def test_the_demo_asks_a_model_without_a_template_in_alpacas_words(tmp_path):
+    model = save_tiny_model(tmp_path / "base", chat=False, max_position_embeddings=512)
+    data = tmp_path / "d.json"
+    data.write_text('[{"instruction": "Add.", "input": "1, 2", "output": "3"}]')
+    material = SimpleNamespace(choices=(), held_out=read_records(data))
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    (answer,) = example_answers(loaded, AutoTokenizer.from_pretrained(model), material)
+    assert answer.prompt == alpaca_prompt("Add.", "1, 2")
+    assert answer.expected == "3"
 
 
 @pytest.mark.parametrize(

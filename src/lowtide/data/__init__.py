@@ -3,7 +3,7 @@
 from .batches import Batches, pack_lengths, split_held_out
 from .record import Record
 from .records import Source, read_records, read_sources
-from .tokens import Example, TokenStats, encode_records
+from .tokens import Example, TokenStats, as_completion, encode_records
 
 __all__ = [
     "Batches",
@@ -11,6 +11,7 @@ __all__ = [
     "Record",
     "Source",
     "TokenStats",
+    "as_completion",
     "encode_records",
     "pack_lengths",
     "read_records",

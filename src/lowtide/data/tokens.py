@@ -68,7 +68,7 @@ def encode_records(
     if max_seq_len < 2:
         raise ValueError(f"--max-seq-len must be at least 2 (a token and the one it predicts), got {max_seq_len}")
     if tokenizer.chat_template is None:
-        records = [_in_alpacas_words(record) for record in records]
+        records = [as_completion(record) for record in records]
     whole = _encode_whole(records, tokenizer)
     examples: list[Example] = []
     num_truncated = num_dropped = 0
@@ -86,8 +86,8 @@ def encode_records(
     return examples, TokenStats(len(records), num_tokens, num_trained, num_truncated, num_dropped)
 
 
-def _in_alpacas_words(record: Record) -> Record:
-    """An Alpaca record as prompt and completion; another one as it is."""
+def as_completion(record: Record) -> Record:
+    """An Alpaca record as prompt and completion in Alpaca's wording, for tokenizers without a chat template; another as it is."""
     if record.instruction is None or record.messages is None:
         return record
     prompt, completion = alpaca_prompt(*record.instruction), record.messages[-1]["content"]
