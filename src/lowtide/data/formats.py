@@ -57,7 +57,7 @@ _ALPACA_TASK = ". Write a response that appropriately completes the request."
 
 
 def alpaca_prompt(instruction: str, context: str) -> str:
-    """The wording that Alpaca's models were trained with, up to where the response begins.
+    """Alpaca's wording (github.com/tatsu-lab/stanford_alpaca), up to where the response begins, which is on a line of its own.
 
     Args:
         instruction: the task.
