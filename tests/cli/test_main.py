@@ -7,7 +7,9 @@ from lowtide import cli
 from lowtide.cli import COMMANDS, main
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["generate", "--help"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["generate", "--help"], ["data", "--help"], []]
+)
 def test_help_does_not_wait_for_torch(arguments):
     script = (
         "import sys\nfrom lowtide.cli import main\n"

@@ -196,11 +196,13 @@ def test_a_missing_path_inside_an_existing_directory_is_not_looked_up_on_the_hub
 
 
 def test_other_things_that_are_no_data(tmp_path):
-    table = tmp_path / "t.csv"
+    table = tmp_path / "t.xlsx"
     table.write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"t\.csv: unknown file type '\.csv'; data files end in \.txt, \.md, \.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"t\.xlsx: unknown file type '\.xlsx'; data files end in \.txt, \.md, \.jsonl"
+    ):
         read_records(table)
-    with pytest.raises(FileNotFoundError, match=r"holds no \.txt, \.md, \.jsonl, \.json file"):
+    with pytest.raises(FileNotFoundError, match=r"holds no \.txt, \.md, \.jsonl, \.json, \.csv, \.tsv, \.parquet file"):
         read_records(tmp_path)
     with pytest.raises(ValueError, match="no data files given"):
         read_records([])
@@ -216,9 +218,9 @@ def test_a_hub_data_set_is_its_train_split(monkeypatch):
         return datasets.Dataset.from_list([{"messages": CHAT}, {"messages": CHAT[:1]}][: len(asked)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_records("org/some-chats") == [Record("org/some-chats", 1, messages=CHAT)]
+    assert read_records("org/some-chats") == [Record("org/some-chats", None, messages=CHAT, row=1)]
     assert asked == [("org/some-chats", "train")]
-    with pytest.raises(ValueError, match="org/some-chats:2: the conversation has no assistant turn"):
+    with pytest.raises(ValueError, match="org/some-chats: row 2: the conversation has no assistant turn"):
         read_records("org/some-chats")
 
 

@@ -57,6 +57,9 @@ def make_targets(folder: Path):
     ]
     return {
         "records": (st.tuples(targets.record_files), lambda data: targets.try_records(work, data)),
+        "JSON": (st.tuples(targets.whole_files), lambda data: targets.try_records(work, data, ".json")),
+        "CSV": (st.tuples(targets.table_files), lambda data: targets.try_records(work, data, ".csv")),
+        "Parquet": (st.tuples(targets.parquet_files), lambda data: targets.try_records(work, data, ".parquet")),
         "texts": (st.tuples(targets.record_files), lambda data: targets.try_records(work, data, ".txt")),
         "config, YAML": (st.tuples(targets.config_files), lambda data: targets.try_config(work, data)),
         "config, JSON": (st.tuples(targets.config_files), lambda data: targets.try_config(work, data, ".json")),

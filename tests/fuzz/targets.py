@@ -1,6 +1,8 @@
 """What is fuzzed: every parser of something that a user or the internet may hand in. Each may raise only what is for the user."""
 
 import argparse
+import csv
+import io
 import json
 import os
 import shutil
@@ -21,7 +23,11 @@ FOR_USERS = (ValueError, FileNotFoundError, PermissionError)  # one line each; U
 text = st.text(max_size=20) | st.sampled_from(
     ["", "\x00", "\ud800", "\u2028", "\ufeff", "\u202e", "a" * 5000, "..", "/etc/passwd", "../x"]
 )
-keys = st.sampled_from(["text", "messages", "prompt", "completion", "role", "content", "Text", "id", ""]) | text
+keys = (
+    st.sampled_from(["text", "messages", "prompt", "completion", "role", "content", "Text", "id", ""])
+    | st.sampled_from(["instruction", "input", "output", "conversations", "from", "value", "data", "train", "history"])
+    | text
+)
 numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 2**31, 2**63, 10**400, 1e308])
 json_values = st.recursive(
     st.none() | st.booleans() | numbers | text,
@@ -36,6 +42,14 @@ messages = st.lists(
     ),
     max_size=4,
 )
+turns = st.lists(
+    st.dictionaries(
+        st.sampled_from(["from", "value", "weight"]),
+        st.sampled_from(["human", "gpt", "system", ""]) | json_values,
+        max_size=3,
+    ),
+    max_size=4,
+)
 records = st.fixed_dictionaries(
     {},
     optional={
@@ -44,6 +58,11 @@ records = st.fixed_dictionaries(
         "prompt": json_values,
         "completion": json_values,
         "id": json_values,
+        "instruction": json_values,
+        "input": json_values,
+        "output": json_values,
+        "conversations": turns | json_values,
+        "system": json_values,
     },
 )
 
@@ -54,6 +73,10 @@ def as_bytes(value):
         return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
     except ValueError:  # an integer of too many digits
         return b"1" * 5000
+
+
+def as_text(value):
+    return as_bytes(value).decode("utf-8", "surrogatepass")
 
 
 @st.composite
@@ -80,6 +103,46 @@ lines = st.lists(records.map(as_bytes) | json_values.map(as_bytes) | st.binary(m
 record_files = (
     lines.map(b"\n".join) | lines.map(b"\r\n".join) | mangled(lines.map(b"\n".join)) | st.binary(max_size=300)
 )
+
+whole = st.lists(records, max_size=4).map(as_bytes) | st.dictionaries(
+    keys, st.lists(records, max_size=3), max_size=2
+).map(as_bytes)
+whole_files = whole | mangled(whole)
+
+
+def _table(rows, delimiter=","):
+    """CSV whose header and cells are anything at all."""
+    file = io.StringIO(newline="")
+    csv.writer(file, delimiter=delimiter).writerows(rows)
+    return file.getvalue().encode("utf-8", "surrogatepass")
+
+
+cells = text | records.map(as_text) | st.lists(json_values, max_size=2).map(as_text)
+tables = st.builds(
+    lambda header, rows: _table([header, *rows]),
+    st.lists(keys, min_size=1, max_size=3) | st.sampled_from([["prompt", "completion"], ["text"], ["messages"]]),
+    st.lists(st.lists(cells, min_size=1, max_size=3), max_size=4),
+)
+table_files = tables | mangled(tables)
+
+
+def parquet_bytes(rows):
+    """Parquet of whatever rows one can be made of, else of texts."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.Table.from_pylist(rows)
+        table = table if table.num_columns else pyarrow.table({"text": ["a", None]})
+        file = io.BytesIO()
+        pyarrow.parquet.write_table(table, file)
+    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError):
+        return parquet_bytes([{"text": "a"}, {"text": "b"}])
+    return file.getvalue()
+
+
+parquets = st.lists(records, min_size=1, max_size=3).map(parquet_bytes)
+parquet_files = parquets | mangled(parquets)
 
 settings_of_run = st.dictionaries(
     st.sampled_from(

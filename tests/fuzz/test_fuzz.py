@@ -65,6 +65,25 @@ def test_records(work, data):
 
 
 @QUICK
+@given(data=targets.whole_files | targets.record_files)
+def test_records_as_json(work, data):
+    targets.try_records(work, data, ".json")
+
+
+@QUICK
+@given(data=targets.table_files)
+def test_records_in_tables(work, data):
+    targets.try_records(work, data, ".csv")
+    targets.try_records(work, data, ".tsv")
+
+
+@QUICK
+@given(data=targets.parquet_files)
+def test_records_in_parquet(work, data):
+    targets.try_records(work, data, ".parquet")
+
+
+@QUICK
 @given(data=targets.config_files)
 def test_configs(work, data):
     targets.try_config(work, data)

@@ -33,6 +33,11 @@ COMMANDS = {
         "measure a model: accuracy on tasks, loss on text, or the lm-evaluation-harness",
         "Measure how good a model is, before or after training.",
     ),
+    "data": (
+        "look at data as training would see it",
+        "Show what was found in files of data, an example exactly as a model would be trained on it, with the part that is\n"
+        "learnt made visible, and what the data comes to in tokens. Only the model's tokenizer is loaded, never its weights.",
+    ),
     "generate": (
         "let a model answer a prompt, or chat with it",
         "Generate text with a model, streamed to the terminal. Without --prompt and --chat the prompt is read from\n"
@@ -50,6 +55,7 @@ examples:
   lowtide demo
   lowtide train --model ./my-model --data train.jsonl --output ./tuned --max-steps 200
   lowtide plan --model ./my-model --max-seq-len 1024 --batch-size 8
+  lowtide data preview --data train.jsonl --model ./my-model
   lowtide generate --model ./tuned/model --chat
 
 `lowtide COMMAND --help` explains a command and all of its settings."""

@@ -138,6 +138,9 @@ def _choices(records: list[Record]) -> tuple[str, ...]:
 
 
 def _row(record: Record) -> dict[str, object]:
+    if record.instruction is not None and record.messages is not None:
+        instruction, context = record.instruction
+        return {"instruction": instruction, "input": context, "output": record.messages[-1]["content"]}
     keys = ("text", "messages", "prompt", "completion")
     return {key: getattr(record, key) for key in keys if getattr(record, key) is not None}
 

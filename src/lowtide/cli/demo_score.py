@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from ..data import Record
+from ..data import Record, as_completion
 from ..evaluation import ChoiceItem, choice_accuracy, evaluate_loss
 from ..training import TrainConfig
 
@@ -79,6 +79,8 @@ def example_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     model.eval()
     answers = []
     for record in _example_records(material):
+        if tokenizer.chat_template is None:
+            record = as_completion(record)
         shown, text, expected = _question(record, tokenizer)
         # A chat template has written its own first token.
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=record.messages is None)

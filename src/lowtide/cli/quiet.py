@@ -7,6 +7,16 @@ import os
 import sys
 import warnings
 
+_DATA = "lowtide.data.records"
+
+
+class _StandardOutput(logging.Handler):
+    """Writes what is no warning to whatever standard output is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING:
+            print(record.getMessage(), flush=True)
+
 
 class _StandardError(logging.Handler):
     """Writes ``lowtide: message`` to whatever standard error is at that moment: a live progress bar replaces it."""
@@ -15,12 +25,19 @@ class _StandardError(logging.Handler):
         print("lowtide:", " ".join(record.getMessage().split()), file=sys.stderr)
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(*, tell_data: bool = False) -> None:
     """Silence warnings and progress bars of transformers and its kin, unless LOWTIDE_DEBUG is set.
 
     Call it before they are first used. What is wrong reaches the user as an error of ours. Warnings of lowtide itself
     go to standard error, a line each.
+
+    Args:
+        tell_data: of every file of data that is read, print a line on what was found in it.
     """
+    data = logging.getLogger(_DATA)
+    data.setLevel(logging.INFO if tell_data else logging.NOTSET)
+    if not any(isinstance(handler, _StandardOutput) for handler in data.handlers):
+        data.addHandler(_StandardOutput(logging.INFO))
     ours = logging.getLogger("lowtide")
     if not any(isinstance(handler, _StandardError) for handler in ours.handlers):
         ours.addHandler(_StandardError(logging.WARNING))

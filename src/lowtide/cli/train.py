@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training import train
     from .quiet import quiet_libraries
 
-    quiet_libraries()
+    quiet_libraries(tell_data=True)
     if args.dry_run:
         from ..training import dry_run
 

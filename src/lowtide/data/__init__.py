@@ -2,9 +2,10 @@
 
 from .batches import Batches, pack_lengths, split_held_out
 from .choices import ChoiceItem, as_records, majority_share
-from .records import Record, read_records
+from .record import Record
+from .records import Source, read_records, read_sources
 from .superglue import TASKS, TaskData, load_superglue
-from .tokens import Example, TokenStats, encode_records
+from .tokens import Example, TokenStats, as_completion, encode_records
 
 __all__ = [
     "TASKS",
@@ -12,13 +13,16 @@ __all__ = [
     "ChoiceItem",
     "Example",
     "Record",
+    "Source",
     "TaskData",
     "TokenStats",
+    "as_completion",
     "as_records",
     "encode_records",
     "load_superglue",
     "majority_share",
     "pack_lengths",
     "read_records",
+    "read_sources",
     "split_held_out",
 ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from ..log import get_logger
-from .records import Record
+from .record import Record
 
 logger = get_logger(__name__)
 

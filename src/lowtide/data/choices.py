@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .records import Record
+from .record import Record
 
 T = TypeVar("T")
 

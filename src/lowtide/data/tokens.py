@@ -5,6 +5,7 @@ Labels are unshifted (the model shifts them); -100 marks a token that is not tra
     text                every token but the first, and the end-of-sequence token behind it
     prompt/completion   the completion and the end-of-sequence token behind it
     messages            the assistant turns, each with the end-of-turn token that the chat template writes
+    alpaca              as messages; where the tokenizer has no chat template, the output as a completion of Alpaca's wording
 
 In every case the ids before the trained part are the ids that inference would see: a token is never merged across the
 end of a prompt.
@@ -12,6 +13,7 @@ end of a prompt.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .chat import RenderedChat, render_chats
-from .records import Record
+from .formats import alpaca_prompt
+from .record import Record
 
 IGNORED = -100
 _RECORDS_PER_CALL = 1024  # a call of a fast tokenizer is parallel over its texts; more at once only costs memory
@@ -64,6 +67,8 @@ def encode_records(
         raise ValueError("no records to encode")
     if max_seq_len < 2:
         raise ValueError(f"--max-seq-len must be at least 2 (a token and the one it predicts), got {max_seq_len}")
+    if tokenizer.chat_template is None:
+        records = [as_completion(record) for record in records]
     whole = _encode_whole(records, tokenizer)
     examples: list[Example] = []
     num_truncated = num_dropped = 0
@@ -79,6 +84,14 @@ def encode_records(
     num_tokens = sum(len(example.input_ids) for example in examples)
     num_trained = sum(len(example.labels) - example.labels.count(IGNORED) for example in examples)
     return examples, TokenStats(len(records), num_tokens, num_trained, num_truncated, num_dropped)
+
+
+def as_completion(record: Record) -> Record:
+    """An Alpaca record as prompt and completion in Alpaca's wording, for tokenizers without a chat template; another as it is."""
+    if record.instruction is None or record.messages is None:
+        return record
+    prompt, completion = alpaca_prompt(*record.instruction), record.messages[-1]["content"]
+    return dataclasses.replace(record, messages=None, instruction=None, prompt=prompt, completion=completion)
 
 
 def _nothing_to_train_on(records: Sequence[Record], whole: list[list[Example]], max_seq_len: int) -> ValueError:

@@ -82,8 +82,9 @@ class TrainConfig:
     )
     data: Sequence[str] = _option(
         MODEL_AND_DATA,
-        "training data, one or more files or directories: plain text (.txt, .md), or JSONL with `text`, `messages` "
-        "(only the assistant's turns are learnt) or `prompt` and `completion` (only the completion is)",
+        "training data, one or more files, directories or data sets of the hub: plain text (.txt, .md), or JSONL, JSON, CSV, TSV "
+        "or Parquet with `text`, `messages` or ShareGPT's `conversations` (only the assistant's turns are learnt), `prompt` and "
+        "`completion` (only the completion is), or Alpaca's `instruction`, `input` and `output` (only the output is)",
         metavar="FILE",
     )
     eval_data: Sequence[str] | None = _option(
@@ -108,7 +109,7 @@ class TrainConfig:
     )
     bad_records: str = _option(
         MODEL_AND_DATA,
-        "lines of the data that are no usable record: refuse the file, or skip them, count them and say where they are",
+        "lines and rows of the data that are no usable record: refuse the file, or skip them, count them and say where they are",
         BAD_RECORDS,
         default="refuse",
     )
