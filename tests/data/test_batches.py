@@ -271,6 +271,25 @@ def test_packed_documents_have_the_losses_that_each_has_alone(family, training):
 
 
 @torch.no_grad()
+def test_no_token_of_a_document_changes_the_losses_of_another():
+    model = tiny_model("llama").train()
+    documents = [[3, 4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15, 16, 17]]
+
+    def losses(changed):
+        some = [[id + 20 for id in ids] if number == changed else ids for number, ids in enumerate(documents)]
+        (batch,) = make([Example(ids, ids) for ids in some], batch_size=1, shuffle=False).epoch(0)
+        found = token_losses(model, **batch)[0]
+        starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), MAX_SEQ_LEN]
+        by_first = {batch["input_ids"][0, a].item(): found[a : b - 1] for a, b in pairwise(starts)}
+        return [by_first[ids[0]] for ids in some]
+
+    expected = losses(None)
+    for changed in range(len(documents)):
+        for number, (before, after) in enumerate(zip(expected, losses(changed), strict=True)):
+            assert torch.equal(before, after) == (number != changed)
+
+
+@torch.no_grad()
 def test_padded_and_packed_batches_have_the_same_mean_loss_over_an_epoch(tokenizer):
     model = tiny_model("llama")
     model.resize_token_embeddings(len(tokenizer))
