@@ -14,25 +14,22 @@ transformers. Adapters are float32, whatever the dtype of the weights. peft is i
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..log import get_logger
 from ..optim.base import SIXTEEN_BIT
+from .lora_targets import check_layers, is_a, matching_layers, resolve_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _logger = get_logger(__name__)
 
-FALLBACK_TARGETS = ("q_proj", "v_proj")  # of architectures that peft has no default for
-ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
 ADAPTER_FOLDER = "adapter"  # of a checkpoint, beside the weights
 _ADAPTER = "default"  # peft's name of a model's first adapter
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -172,9 +169,9 @@ def add_lora(
         raise ValueError(f"alpha must be at least 1, got {alpha}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
-    wanted = _targets(model, targets)
-    layers = _matching(model, wanted)
-    _check_layers(model, layers, rank)
+    wanted = resolve_targets(model, targets)
+    layers = matching_layers(model, wanted)
+    check_layers(model, layers, rank)
     trainable = [param for param in model.parameters() if param.requires_grad]
     config = LoraConfig(
         r=rank,
@@ -209,18 +206,18 @@ def require_peft() -> None:
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of a model that hold adapters of peft, by name."""
-    return {name: module for name, module in model.named_modules() if _is_a(module, "BaseTunerLayer")}
+    return {name: module for name, module in model.named_modules() if is_a(module, "BaseTunerLayer")}
 
 
 def bare_model(model: nn.Module) -> nn.Module:
     """The model inside peft's wrapper, if the wrapper has no parameters of its own; else the model itself."""
-    if not _is_a(model, "PeftModel"):
+    if not is_a(model, "PeftModel"):
         return model
     inner: nn.Module = model.get_base_model()  # type: ignore[operator]
     return inner if len(list(inner.parameters())) == len(list(model.parameters())) else model
 
 
-def base_names(model: nn.Module, names: Iterator[str] | Sequence[str] | Mapping[str, Tensor]) -> dict[str, str]:
+def base_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Of these names of a model's state those of its own tensors, and what they would be called if it had no adapters."""
     layers = adapted_layers(model)
     if not layers:
@@ -265,68 +262,3 @@ def _check_saved(directory: Path) -> None:
     for name in (_WEIGHTS, _CONFIG):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"there are no adapters in {directory}: it has no {name}")
-
-
-def _is_a(module: nn.Module, name: str) -> bool:
-    """By the name of the class, so that peft need not be imported."""
-    return any(base.__name__ == name for base in type(module).__mro__)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_a(module, "Conv1D")  # GPT-2's linear layer, whose weight is [N, M]
-
-
-def _targets(model: PreTrainedModel, targets: Sequence[str] | None) -> str | tuple[str, ...]:
-    """Names, or as peft takes them a pattern for whole names or ``all-linear``."""
-    if targets is None:
-        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_PEFT
-
-        found = OF_PEFT.get(model.config.model_type, FALLBACK_TARGETS)
-        return found if isinstance(found, str) else tuple(found)
-    names = (targets,) if isinstance(targets, str) else tuple(targets)
-    if not names:
-        raise ValueError("targets must name at least one layer, or be None")
-    return ALL_LINEAR if names == (ALL_LINEAR,) else names
-
-
-def _matching(model: PreTrainedModel, targets: str | tuple[str, ...]) -> dict[str, nn.Module]:
-    """The modules that peft will find for these targets."""
-    modules = dict(model.named_modules())
-    if targets == ALL_LINEAR:
-        head = model.get_output_embeddings()
-        return {name: module for name, module in modules.items() if _is_linear(module) and module is not head}
-    if isinstance(targets, str):
-        return {name: module for name, module in modules.items() if re.fullmatch(targets, name)}
-    found: dict[str, nn.Module] = {}
-    leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if _is_linear(module)})
-    for target in targets:
-        of_target = {name: each for name, each in modules.items() if name == target or name.endswith(f".{target}")}
-        if not of_target:
-            near = difflib.get_close_matches(target.rpartition(".")[2], leaves, n=1, cutoff=0.5)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(
-                f"no layer of the model is named {target!r}{hint}, so it cannot get an adapter; its linear layers are {', '.join(leaves)}"
-            )
-        found |= of_target
-    return found
-
-
-def _check_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module], rank: int) -> None:
-    if not layers:
-        raise ValueError("no layer of the model matches what peft adapts in its architecture: name some with targets")
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            uses[id(param)] = uses.get(id(param), 0) + 1
-    for name, layer in layers.items():
-        if not _is_linear(layer):
-            raise ValueError(f"{name} is a {type(layer).__name__}, and adapters go on linear layers only")
-        weight: Any = layer.weight
-        if uses[id(weight)] > 1:
-            raise ValueError(
-                f"{name} shares its weight with another module, which merging its adapter would change, too: leave it out"
-            )
-        if not 1 <= rank <= min(weight.shape):
-            raise ValueError(
-                f"rank must be at least 1 and at most {min(weight.shape)}, the smaller side of {name}, got {rank}"
-            )

@@ -1,9 +1,11 @@
 """LoRA in a training run: adapters for the model, their optimizer, and what is saved of both.
 
-OUTPUT/model/      the trained model with its adapters merged, which plain transformers opens
-OUTPUT/adapter/    the adapters alone, as peft saves them
-OUTPUT/checkpoints/step-.../           the model's own weights,
-OUTPUT/checkpoints/step-.../adapter/   and the adapters beside them: neither is rounded, so a run goes on bit for bit
+    OUTPUT/model/      the trained model with its adapters merged, which plain transformers opens
+    OUTPUT/adapter/    the adapters alone, as peft saves them
+    OUTPUT/checkpoints/step-.../           the model's own weights
+    OUTPUT/checkpoints/step-.../adapter/   the adapters
+
+Nothing is merged in a checkpoint, because merging rounds: so a run goes on from it bit for bit.
 """
 
 from __future__ import annotations

@@ -201,7 +201,9 @@ class TrainConfig:
         ADAPTERS, "highest learning rate of the adapters; they follow the same schedule", default=5e-4
     )
     lora_only: bool = _option(
-        ADAPTERS, "train the adapters alone, the model's own weights are frozen (plain LoRA)", default=False
+        ADAPTERS,
+        "train the adapters alone (plain LoRA): the model's own weights are frozen, so optimizer and lr are not used",
+        default=False,
     )
 
     weights: str = _option(
