@@ -249,7 +249,7 @@ def test_own_weights_and_adapters_are_saved_and_come_back(family, tmp_path):
 def test_saving_does_not_need_the_hub(tmp_path, monkeypatch):
     adapters = with_adapters()
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked the hub"))
-    adapters.save(tmp_path)
+    adapters.save(tmp_path, "some/model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -270,6 +270,12 @@ def test_targets(family, targets, adapted):
     assert {name.rpartition(".")[2] for name in layers} == adapted
     assert len(layers) == 3 * len(adapted)
     assert all(layer.scaling["default"] == 16 / 2 for layer in layers.values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapters_are_in_the_mode_of_the_model(training):
+    adapters = add_lora(tiny_model().train(training), rank=2, dropout=0.5)
+    assert {module.training for module in adapters.model.modules()} == {training}
 
 
 def test_what_was_frozen_stays_frozen():
