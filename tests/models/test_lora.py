@@ -212,7 +212,7 @@ def test_merging_16_bit_weights_rounds_once_and_says_what_is_lost(caplog):
     weight = layer.base_layer.weight.detach().clone()
     exact = weight.float() + layer.get_delta_weight("default").detach()
     share = adapters.share_lost_by_merging()
-    with caplog.at_level("INFO", "lowtide"):
+    with caplog.at_level("WARNING", "lowtide"):
         model = adapters.merge()
     merged = model.model.layers[0].self_attn.q_proj.weight
     assert torch.equal(merged, exact.to(torch.bfloat16))

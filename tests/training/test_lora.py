@@ -165,10 +165,12 @@ def test_two_parts_are_the_whole(settings, make_config, tmp_path):
 def test_a_run_that_is_over_can_be_given_more_steps(make_config):
     config = make_config(**LORA, max_steps=4, save_every="2")
     first = run(config)
+    (first.output / ".adapter.123.tmp").mkdir()  # as a process leaves it that is killed while it saves
     more = run(TrainConfig(**{**config.to_dict(), "max_steps": 6, "resume": "latest", "allow_changes": True}))
     assert more.num_steps == 6
     assert not same(opened(more.model_dir), opened(more.output / "model.replaced")) and first.output == more.output
     assert (more.output / "adapter.replaced").is_dir() and (more.output / "adapter").is_dir()
+    assert not (more.output / ".adapter.123.tmp").exists()
     again = run(TrainConfig(**{**config.to_dict(), "max_steps": 6, "resume": "latest"}))
     assert again.finished_before
 

@@ -104,14 +104,14 @@ class Adapters:
 
         The sum is computed in float32 and rounded once, to the nearest number of the weights' dtype. In float32 the model computes the
         same as before but for the order of sums. In 16 bits a change of less than half the distance between two numbers is lost (of 0.02
-        in bfloat16 that is 6e-5), so the model differs a little from the one that was trained and evaluated; the log says how many were.
+        in bfloat16 that is 6e-5), so the model differs a little from the one that was trained and evaluated; a warning says how many were.
 
         The model must not be fused (``engine.remove()``).
         """
         if getattr(self.model, "_lowtide_engine", None) is not None:
             raise RuntimeError("adapters of a fused model cannot be merged: call engine.remove() first")
         if (share := self.share_lost_by_merging()) is not None:
-            _logger.info(
+            _logger.warning(
                 "the adapters are merged into 16-bit weights: %.0f %% of the changes are smaller than the distance of the numbers "
                 "there and are lost; the adapters themselves have them all",
                 100 * share,

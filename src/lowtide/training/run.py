@@ -105,13 +105,11 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What the settings come to, for the first event."""
-        stats = self.data.stats
+        stats, added = self.data.stats, [] if self.adapters is None else self.adapters.parameters()
         return {
             "config": self.config.to_dict(),
             "num_parameters": sum(param.numel() for param in self.model.parameters()),
-            "num_adapter_parameters": sum(param.numel() for param in self.adapters.parameters())
-            if self.adapters
-            else 0,
+            "num_adapter_parameters": sum(param.numel() for param in added),
             "num_steps": self.num_steps,
             "steps_per_epoch": len(self.data.train),
             "lr": self.config.effective_lr,
