@@ -16,6 +16,7 @@ from .fused import Engine as _Engine
 from .fused.checks import check_model, check_optimizers
 from .models.blocks import find_blocks, resolve_blocks
 from .models.chunked_loss import ChunkedLoss, HeadForward
+from .models.lora import adapted_layers, bare_model
 from .models.shards import parts_of
 from .weights import HostInputs, MixedHome, by_name, place
 from .weights.layout import Part
@@ -108,7 +109,8 @@ def fuse(
 
     Args:
         model: any module. The decoder layers of Hugging Face models become blocks: only their inputs are kept, and
-            activations are recomputed. Other models can name their blocks; without blocks only the update is fused.
+            activations are recomputed. Other models can name their blocks; without blocks only the update is fused. Of a
+            model that peft has wrapped, the model inside is fused; its adapters and its own weights may have optimizers each.
         optimizer: one or several of lowtide's optimizers, which together hold all trainable parameters.
         micro_batch_size: samples that go through a block at a time, or None for the whole batch. The result does not depend
             on it (a sum in another order aside); peak memory does. Needs blocks.
@@ -150,6 +152,7 @@ def fuse(
         raise ValueError(
             f"clip_warmup_steps must be at least 1 and clip_memory_bytes at least 0, got {clip_warmup_steps}, {clip_memory_bytes}"
         )
+    model = bare_model(model)
     found = find_blocks(model) if blocks is None else resolve_blocks(model, blocks)
     if micro_batch_size is not None and not found:
         raise ValueError(
@@ -170,6 +173,8 @@ def fuse(
     check_optimizers(model, optimizers, scaled=loss_scale is not None)  # type: ignore[arg-type]
     compute_device = _compute_device(weights != "device", device)
     wanted = _only_real_moves(_wanted_homes(weights), compute_device)
+    if wanted and adapted_layers(model):
+        raise ValueError("a model with adapters of peft must live where it is computed: use weights='device'")
     outer, head = _outer_blocks(model, found) if wanted else ([], None)
     found = [*outer[:1], *found, *outer[1:]]
     home = place(model, found, by_name(model, found, wanted), compute_device)

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except (OSError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__, 1)
-    except RuntimeError as error:
+    except (RuntimeError, ModuleNotFoundError) as error:
         return _fail(f"{error} (LOWTIDE_DEBUG=1 shows where)", 1)
 
 

@@ -88,14 +88,13 @@ def describe_plan(config: TrainConfig, event: Event) -> str:
     tokens = format_count(config.batch_size * config.max_seq_len)
     return "\n".join(
         (
-            f"Fine-tuning all {format_count(event['num_parameters'])} parameters of {config.model} in {config.dtype} "
-            f"on {event['device']}.",
+            f"{_what(config, event)} of {config.model} in {config.dtype} on {event['device']}.",
             f"{_count(steps, 'step')} ({epochs:.2g} epochs) of {_count(config.batch_size, 'sequence')}, at most {tokens} tokens a step, "
             f"{how}.",
             f"Data: {_count(event['data_num_records'], 'record')}, {format_count(event['data_num_tokens'])} tokens"
             f"{_losses(event)}.",
             *_describe_homes(event),
-            f"Optimizer: {config.optimizer}, learning rate up to {event['lr']:g}, {config.schedule} schedule.",
+            f"Optimizer: {_optimizers(config, event)}, {config.schedule} schedule.",
         )
     )
 
@@ -141,6 +140,8 @@ def describe_result(result: TrainResult) -> str:
             f"perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} ({after.num_tokens} tokens)."
         )
     lines.append(f"Peak memory: {format_bytes(result.peak_memory_bytes)}.")
+    if (result.output / "adapter").is_dir() and not result.interrupted:
+        lines.append(f"The adapters alone are in {result.output / 'adapter'}; the model has them merged.")
     lines.append(f"The model is in {result.model_dir}. {'To try it as it is' if result.interrupted else 'Next'}:")
     lines.append(f"  lowtide generate --model {shlex.quote(str(result.model_dir))} --prompt 'Hello'")
     return "\n".join(lines)
@@ -160,6 +161,24 @@ def _describe_homes(event: Event) -> list[str]:
         f"Plan: blocks {homes}; {plan['micro_batch_size']} sequences at a time; {format_bytes(plan['totals']['device'])} of memory; "
         f"about {format_duration(time['step_s'])} a step, bound by {time['bottleneck']}."
     ]
+
+
+def _what(config: TrainConfig, event: Event) -> str:
+    """Which parameters are trained."""
+    added = event["num_adapter_parameters"]
+    own = format_count(event["num_parameters"] - added)
+    if config.lora_only:
+        return f"Training {format_count(added)} parameters of LoRA adapters (rank {config.lora_rank}) over the {own} frozen ones"
+    with_adapters = (
+        f" and {format_count(added)} of LoRA adapters (rank {config.lora_rank}) beside them" if added else ""
+    )
+    return f"Fine-tuning all {own} parameters{with_adapters}"
+
+
+def _optimizers(config: TrainConfig, event: Event) -> str:
+    base = f"{config.optimizer}, learning rate up to {event['lr']:g}"
+    added = f"adamw for the adapters, learning rate up to {config.lora_lr:g}"
+    return added if config.lora_only else f"{base}; {added}" if config.lora_rank else base
 
 
 def _count(number: int, noun: str) -> str:

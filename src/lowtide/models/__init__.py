@@ -3,10 +3,13 @@
 from .blocks import find_blocks, resolve_blocks
 from .chunked_loss import ChunkedLoss, causal_lm_loss
 from .hub import load_config, load_model, load_tokenizer, parse_dtype, save_model
+from .lora import Adapters, add_lora
 from .loss import linear_cross_entropy
 
 __all__ = [
+    "Adapters",
     "ChunkedLoss",
+    "add_lora",
     "causal_lm_loss",
     "find_blocks",
     "linear_cross_entropy",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..log import get_logger
+from .lora import bare_model
 from .loss import linear_cross_entropy
 
 _logger = get_logger(__name__)
@@ -51,6 +52,7 @@ class ChunkedLoss:
     @classmethod
     def of(cls, model: Any) -> ChunkedLoss | None:
         """The chunked loss for this model, or None if its own loss cannot be reproduced (then it must be left alone)."""
+        model = bare_model(model)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         base = getattr(model, "base_model", model)
         config = getattr(model, "config", None)

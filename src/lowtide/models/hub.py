@@ -16,6 +16,7 @@ from .checkpoint import check_directory, clear_errors, first_line, weight_files
 from .gguf import gguf_config, load_gguf, open_gguf, refusing_damage
 from .gguf_tokenizer import load_gguf_tokenizer
 from .lazy import lazy_model
+from .lora import ADAPTER_FOLDER, has_adapters, merge_saved
 from .saving import save_model
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     lazy: bool = False,
+    merge_adapters: bool = True,
 ) -> PreTrainedModel:
     """A causal language model with its weights in ``dtype`` on ``device``, in evaluation mode.
 
@@ -68,6 +70,8 @@ def load_model(
         trust_remote_code: run Python code that comes with the model.
         lazy: leave the weights in their files until ``fuse(..., weights=...)`` gives them a home, so that the model may be
             larger than the memory. Where that is not possible (GGUF files, converted checkpoints), load them all the same.
+        merge_adapters: a checkpoint of a run with LoRA has its adapters beside the weights, in ``adapter/``: merge them, so that the
+            model is the one that was trained. Such a model is never lazy.
 
     Raises:
         FileNotFoundError: there is no such model, or a part of it is missing.
@@ -75,8 +79,10 @@ def load_model(
         ValueError: the model cannot be used: damaged, pickled, quantised or incomplete weights, or no causal language
             model.
         MemoryError: the weights need more memory than the device has available.
+        ModuleNotFoundError: adapters are to be merged, and peft is not installed.
     """
     name = os.fspath(name)
+    adapters: Path | None = None
     if _is_gguf(name):
         header = open_gguf(name)
         config = gguf_config(header)
@@ -87,13 +93,19 @@ def load_model(
         source = _source(name)
         if isinstance(source, Path):
             check_directory(source)
+            if merge_adapters and has_adapters(source / ADAPTER_FOLDER):
+                adapters = source / ADAPTER_FOLDER
         config = _load_config(name, source, trust_remote_code)
-        if lazy and (unloaded := _leave_unloaded(name, source, config, dtype, trust_remote_code)) is not None:
+        if (
+            lazy
+            and adapters is None
+            and (unloaded := _leave_unloaded(name, source, config, dtype, trust_remote_code)) is not None
+        ):
             return unloaded
         _check_memory(name, config, dtype, device, trust_remote_code)
         model, info = _load_weights(name, source, config, dtype, device, trust_remote_code)
     _check_complete(name, info)
-    return model
+    return model if adapters is None else merge_saved(model, adapters)
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:

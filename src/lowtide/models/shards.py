@@ -1,5 +1,6 @@
 """The weights of a model as safetensors files in Hugging Face's layout, written part by part, so that saving takes the memory of one
-decoder layer and no more, wherever the weights live.
+decoder layer and no more, wherever the weights live. Of a model with adapters (``lora.py``) these are its own weights, under the names
+they have without adapters.
 
 transformers keeps some models in memory otherwise than in files (experts of mixtures are joined, a few tensors renamed). That is
 undone part by part; how the files will look is found out beforehand on the meta device, where tensors have no memory.
@@ -20,6 +21,7 @@ from ..weights.cloning import can_clone
 from ..weights.layout import Part
 from ..weights.safetensors_file import Entry, clone_file, read_pieces, write_file
 from .blocks import find_blocks
+from .lora import base_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +86,7 @@ def parts_of(model: torch.nn.Module, known: Sequence[Part] = ()) -> list[Part]:
 
 def _own(model: torch.nn.Module, names: tuple[str, ...]) -> Part:
     def load() -> dict[str, Tensor]:
-        state = model.state_dict()
+        state = _state(model)
         return {name: state[name] for name in names}
 
     return Part(names, load)
@@ -95,7 +97,17 @@ def _saved_names(model: torch.nn.Module) -> list[str]:
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     params = dict(model.named_parameters(remove_duplicate=False))
     first = {name for name, _ in model.named_parameters()}
-    return [name for name in model.state_dict() if name not in ignored and (name not in params or name in first)]
+    return [
+        as_base
+        for name, as_base in base_names(model, model.state_dict()).items()
+        if as_base not in ignored and (name not in params or name in first)
+    ]
+
+
+def _state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors by the names that :func:`_saved_names` gives."""
+    state = model.state_dict()
+    return {as_base: state[name] for name, as_base in base_names(model, state).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +133,7 @@ class _Planned:
 
 def _plan(model: PreTrainedModel, parts: Sequence[Part], directory: Path) -> list[list[_Planned]]:
     """For every file its parts."""
-    state = model.state_dict()
+    state = _state(model)
     stored = next((part.stored for part in parts if part.stored), None)
     clones = stored is not None and can_clone(stored[0], directory)
     planned = []

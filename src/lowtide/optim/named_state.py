@@ -72,6 +72,11 @@ def load_named_state(
         optimizer.state[param].update({entry: value for entry, value in entries.items() if entry != _ON_HOST})
 
 
+def parameter_of(key: str) -> str:
+    """The parameter's name in the name of a tensor that :func:`named_state` gave."""
+    return key.rpartition(_SEPARATOR)[0]
+
+
 def _known(params: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in params:
         raise ValueError(f"the saved optimizer state has {name!r}, which this model does not train")

@@ -2,6 +2,7 @@
 
     OUTPUT/checkpoints/step-00000100/
         model.safetensors, config.json, tokenizer.json, ...
+        adapter/                         with LoRA: the adapters, as peft saves them; the model is the one without
         training/optimizer.safetensors   tensors of the optimizer state, by parameter name
         training/state.json              everything else
         training/manifest.json           size and SHA-256 of every file
@@ -204,7 +205,7 @@ def keep_newest(folder: Path, count: int) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete what a process that was killed left half written or half deleted in a directory."""
     for path in folder.glob(".*") if folder.is_dir() else ():
-        if re.fullmatch(r"\.(step-\d{8,}|model)\.\d+\.(tmp|old)", path.name):
+        if re.fullmatch(r"\.(step-\d{8,}|model|adapter)\.\d+\.(tmp|old)", path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 

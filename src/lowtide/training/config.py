@@ -31,10 +31,11 @@ DEFAULT_CLIP_GRAD_NORM = {"lomo": 1.0, "sgd": 1.0}
 
 MODEL_AND_DATA = "model and data"
 OPTIMISATION = "optimisation"
+ADAPTERS = "adapters (LoRA)"
 MEMORY = "memory and speed"
 OUTPUT = "output"
 SAFETY = "checkpoints and bad steps"
-GROUPS = (MODEL_AND_DATA, OPTIMISATION, MEMORY, OUTPUT, SAFETY)
+GROUPS = (MODEL_AND_DATA, OPTIMISATION, ADAPTERS, MEMORY, OUTPUT, SAFETY)
 
 # They may differ from those of the checkpoint that is resumed: the weights and losses are the same.
 FREE_TO_CHANGE = (
@@ -180,6 +181,32 @@ class TrainConfig:
     )
     seed: int = _option(OPTIMISATION, "decides the order of the data, dropout and stochastic rounding", default=0)
 
+    lora_rank: int = _option(
+        ADAPTERS,
+        "add LoRA adapters of this rank, which adamw trains in the same backward pass as the optimizer trains the model's own weights "
+        "(LoRA + LOMO); 0 for none. Needs pip install 'lowtide[lora]'",
+        default=0,
+    )
+    lora_alpha: int = _option(ADAPTERS, "what an adapter adds is multiplied with lora_alpha / lora_rank", default=16)
+    lora_dropout: float = _option(
+        ADAPTERS, "probability with which an input of an adapter is left out in training", default=0.0
+    )
+    lora_targets: Sequence[str] | None = _option(
+        ADAPTERS,
+        "layers that get an adapter, by the ends of their names, or all-linear; default: peft's for the architecture, mostly "
+        "q_proj and v_proj",
+        metavar="NAME",
+        default=None,
+    )
+    lora_lr: float = _option(
+        ADAPTERS, "highest learning rate of the adapters; they follow the same schedule", default=5e-4
+    )
+    lora_only: bool = _option(
+        ADAPTERS,
+        "train the adapters alone (plain LoRA): the model's own weights are frozen, so optimizer and lr are not used",
+        default=False,
+    )
+
     weights: str = _option(
         MEMORY,
         "where the weights live: device; cpu, host memory, from which they visit the GPU layer by layer; or a new or empty directory "
@@ -289,13 +316,16 @@ class TrainConfig:
 
     @property
     def effective_lr(self) -> float:
-        """The highest learning rate: ``lr``, or the default of the optimizer."""
+        """The highest learning rate: ``lr``, or the default of the optimizer; with ``lora_only`` that of the adapters."""
+        if self.lora_only:
+            return self.lora_lr
         return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
 
     @property
     def effective_clip_grad_norm(self) -> float | None:
         """The largest norm of the gradient: ``clip_grad_norm``, or the default of the optimizer; None for no limit."""
-        norm = DEFAULT_CLIP_GRAD_NORM.get(self.optimizer) if self.clip_grad_norm is None else self.clip_grad_norm
+        default = None if self.lora_only else DEFAULT_CLIP_GRAD_NORM.get(self.optimizer)
+        norm = default if self.clip_grad_norm is None else self.clip_grad_norm
         return norm or None
 
     @property
@@ -316,6 +346,7 @@ class TrainConfig:
         _check_task(self)
         _check_choices(self)
         _check_ranges(self)
+        _check_adapters(self)
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"micro_batch_size must not be larger than batch_size ({self.batch_size}), got {self.micro_batch_size}"
@@ -343,16 +374,18 @@ def _check_present(config: TrainConfig) -> None:
     for name in ("model", "output"):
         if not getattr(config, name):
             raise ValueError(f"{name} must not be empty")
-    for name in ("data", "eval_data"):
+    for name in ("data", "eval_data", "lora_targets"):
         paths = getattr(config, name)
         if isinstance(paths, str):
             setattr(config, name, [paths])
         elif paths is not None and not all(paths):
-            raise ValueError(f"{name} must not contain an empty path")
+            raise ValueError(f"{name} must not contain an empty {'name' if name == 'lora_targets' else 'path'}")
     if not config.data:
         raise ValueError("data must name at least one file")
     if config.eval_data is not None and not config.eval_data:
         raise ValueError("eval_data must name at least one file, or be left out")
+    if config.lora_targets is not None and not config.lora_targets:
+        raise ValueError("lora_targets must name at least one layer, or be left out")
 
 
 def _check_task(config: TrainConfig) -> None:
@@ -404,15 +437,16 @@ def _check_ranges(config: TrainConfig) -> None:
         "clip_warmup_steps",
         "keep_checkpoints",
         "max_bad_steps",
+        "lora_alpha",
     )
-    for name, least in [*((name, 1) for name in counts), ("max_seq_len", 2), ("seed", 0)]:
+    for name, least in [*((name, 1) for name in counts), ("max_seq_len", 2), ("seed", 0), ("lora_rank", 0)]:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     norm = config.clip_grad_norm
     if norm is not None and not 0 <= norm < float("inf"):
         raise ValueError(f"clip_grad_norm must be a number above 0, or 0 for no limit, got {norm}")
-    for name in ("lr", "clip_grad_value"):
+    for name in ("lr", "lora_lr", "clip_grad_value"):
         value = getattr(config, name)
         # written so that NaN fails too
         if value is not None and not 0 < value < float("inf"):
@@ -421,6 +455,25 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ValueError(f"spike_factor must be a number above 1, got {config.spike_factor}")
     if not 0 <= config.weight_decay < float("inf"):
         raise ValueError(f"weight_decay must be 0 or more, got {config.weight_decay}")
-    for name in ("eval_fraction", "warmup_ratio"):
+    for name in ("eval_fraction", "warmup_ratio", "lora_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(config, name)}")
+
+
+def _check_adapters(config: TrainConfig) -> None:
+    if not config.lora_rank:
+        for field in dataclasses.fields(config):
+            if field.metadata["group"] == ADAPTERS and getattr(config, field.name) != field.default:
+                raise ValueError(f"{field.name} means nothing without adapters: set lora_rank")
+        return
+    if config.weights != "device":
+        raise ValueError(
+            f"lora_rank needs weights device, got {config.weights!r}: neither other homes nor the planner know adapters"
+        )
+    if config.lora_only:
+        for name in ("lr", "rounding"):
+            if getattr(config, name) is not None:
+                instead = "; the rate of the adapters is lora_lr" if name == "lr" else ""
+                raise ValueError(
+                    f"{name} is of the model's own weights, which lora_only freezes: leave it out{instead}"
+                )

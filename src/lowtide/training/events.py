@@ -2,8 +2,9 @@
 
 Every event has ``event``, ``step`` (steps taken so far) and ``time`` (seconds since the run began). The kinds:
 
-    config  config (all fields), num_parameters, num_steps, steps_per_epoch, lr, device, data_* (counts of the data)
-    train   loss (of the batch, before its update), lr, grad_norm (None where unknown), num_tokens, tokens_per_s,
+    config  config (all fields), num_parameters, num_adapter_parameters (0 without LoRA), num_steps, steps_per_epoch, lr,
+            device, data_* (counts of the data)
+    train   loss (of the batch, before its update), lr, lora_lr (of the adapters, if the model's weights are trained, too), grad_norm (None where unknown), num_tokens, tokens_per_s,
             memory_bytes, epoch, skipped (True: loss or gradient was not finite and nothing was updated), partial (True:
             the same, found when some parameters had been updated), loss_scale (None where the loss is not scaled),
             lost_updates (share of updates that left their 16-bit weight as it was; None where nothing was sampled), spike (True:

@@ -69,6 +69,10 @@ def dry_run(config: TrainConfig, num_steps: int = 2) -> DryRun:
     import time
 
     config.validate()
+    if config.lora_rank:
+        raise ValueError(
+            "a dry run shows what the planner says, and the planner does not know adapters: leave lora_rank out"
+        )
     device = resolve_device(config.device)
     with tempfile.TemporaryDirectory(
         dir=existing_folder(Path(config.output).expanduser().absolute().parent), prefix=".lowtide-dry-run-"
@@ -86,12 +90,13 @@ def dry_run(config: TrainConfig, num_steps: int = 2) -> DryRun:
                     start = time.perf_counter()
                     loss = run.model(**batch).loss
                     engine.backward(loss)
-                    run.optimizer.step()
+                    for optimizer in run.optimizers:
+                        optimizer.step()
                     losses.append(loss.item())
                     seconds = time.perf_counter() - start
                 peak = _peak(device) - baseline
             found = predicted(config, device, run.placement)
-            measured, homes = _counted(engine, run.optimizer, watched), _homes(engine)
+            measured, homes = _counted(engine, run.optimizers, watched), _homes(engine)
         finally:
             engine.remove()
             engine.home.discard()
@@ -117,10 +122,11 @@ def _by_kind(footprint: Footprint) -> dict[str, int]:
     return found
 
 
-def _counted(engine: Engine, optimizer: torch.optim.Optimizer, watched: dict[str, int]) -> dict[str, int]:
+def _counted(engine: Engine, optimizers: list[torch.optim.Optimizer], watched: dict[str, int]) -> dict[str, int]:
     params = {id(param): param for param in engine.model.parameters()}.values()
     here = sum(param.untyped_storage().nbytes() for param in params)  # a stand-in has one element
-    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    kept = (state for optimizer in optimizers for state in optimizer.state.values())
+    states = (value for state in kept for value in state.values() if isinstance(value, Tensor))
     pools = sum(slot.buffer.numel() for home in engine.home.streamed for slot in home._slots)
     return {
         WEIGHTS: here,

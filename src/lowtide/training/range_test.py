@@ -144,6 +144,10 @@ def find_lr(
         KeyboardInterrupt: after Ctrl-C; the step that runs is finished first.
     """
     config.validate()
+    if config.lora_rank:
+        raise ValueError(
+            "find_lr tries one learning rate, and with lora_rank the adapters have their own, lora_lr: leave lora_rank out"
+        )
     start, end = lr_range or default_range(config)
     if not 0 < start < end < math.inf:
         raise ValueError(f"lr_range must be two numbers above 0, the lower one first, got {start}, {end}")
@@ -245,7 +249,7 @@ class _Sweep:
                 break
 
     def _step(self, lr: float, batch: dict[str, Tensor]) -> LrPoint:
-        engine, optimizer = self.run.engine, self.run.optimizer
+        (optimizer,), engine = self.run.optimizers, self.run.engine
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = self.run.model(**batch).loss

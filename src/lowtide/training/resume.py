@@ -12,7 +12,7 @@ import yaml
 
 from ..evaluation import LossResult
 from ..log import get_logger
-from ..optim.named_state import load_named_state, named_state
+from ..optim.named_state import load_named_state, named_state, parameter_of
 from ..weights.working_copy import make_way
 from .checkpoint import (
     FOLDER,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _logger = get_logger(__name__)
 
 # The saved state means nothing with other ones.
-_NEVER_CHANGED = ("optimizer", "dtype")
+_NEVER_CHANGED = ("optimizer", "dtype", "lora_rank", "lora_targets", "lora_only")
 
 
 def clean_up(config: TrainConfig, output: Path) -> None:
@@ -141,7 +141,12 @@ def state_of(run: Run, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         run: the run.
         more: entries of the state that the run does not know.
     """
-    tensors, plain = named_state(run.optimizer, _names(run))
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for optimizer in run.optimizers:  # they share no parameter
+        of_one = named_state(optimizer, _names(run))
+        tensors |= of_one[0]
+        plain |= of_one[1]
     config = run.config.to_dict()
     return tensors, {
         "step": run.report.num_steps,
@@ -177,7 +182,7 @@ def restore(run: Run, checkpoint: Checkpoint, skip_to_batch: int | None = None) 
             f"the training data is not what {checkpoint.path} was written with (another content, order or tokenizer), so the run "
             "would not be the same; restore the data, or allow the change with allow_changes"
         )
-    load_named_state(run.optimizer, _names(run), checkpoint.optimizer_tensors(), state["optimizer"])
+    _load_optimizers(run, checkpoint)
     run.engine.load_state_dict(state["engine"])
     run.report.load_state_dict(state["report"])
     run.num_batches = max(state["num_batches"], skip_to_batch or 0)
@@ -186,14 +191,28 @@ def restore(run: Run, checkpoint: Checkpoint, skip_to_batch: int | None = None) 
     set_random_state(state["random"])
 
 
+def _load_optimizers(run: Run, checkpoint: Checkpoint) -> None:
+    """Each optimizer gets the state of its own parameters; what is nobody's is given to the first, which refuses it."""
+    names = _names(run)
+    owner = {names[p]: o for o in run.optimizers for group in o.param_groups for p in group["params"]}
+    tensors, plain, first = checkpoint.optimizer_tensors(), checkpoint.state["optimizer"], run.optimizers[0]
+    for optimizer in run.optimizers:
+        load_named_state(
+            optimizer,
+            {param: name for param, name in names.items() if owner.get(name) is optimizer},
+            {key: load for key, load in tensors.items() if owner.get(parameter_of(key), first) is optimizer},
+            {name: entries for name, entries in plain.items() if owner.get(name, first) is optimizer},
+        )
+
+
 def _set_schedule(run: Run, step: int) -> None:
     # The rate of a step follows from its number alone, so there is nothing else to restore.
-    scheduler = run.scheduler
-    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1})
-    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})
+    for optimizer, scheduler in zip(run.optimizers, run.schedulers, strict=True):
+        scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1})
+        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})
 
 
 def saved_loss(state: dict[str, Any]) -> LossResult | None:

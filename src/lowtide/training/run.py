@@ -16,16 +16,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..evaluation import LossResult, choice_accuracies, evaluate_loss
 from ..fusing import fuse
 from ..log import get_logger
-from ..models import load_model, load_tokenizer, parse_dtype
+from ..models import Adapters, load_model, load_tokenizer, parse_dtype
+from ..models.lora import require_peft
 from ..planning import computes_bfloat16
-from ..planning.updates import state_bytes
+from .adapters import make_adapters, make_optimizers, optimizer_state_bytes
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .interrupt import StopAfterStep
 from .planned import Placement, place_as_set, plan_placement
 from .report import Reporter
 from .schedule import make_schedule
-from .setup import TrainData, check_disk, count_steps, encode_data, make_optimizer, read_data, resolve_device
+from .setup import TrainData, check_disk, count_steps, encode_data, read_data, resolve_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,9 @@ class Run:
     """What the loop works with, once all of it is there.
 
     Attributes:
+        adapters: of LoRA, if the settings ask for them.
+        optimizers: of the model's weights, and of the adapters; together they hold all that is trained.
+        schedulers: one for each of them, with the same schedule.
         num_batches: batches of the data that have been used, those that were passed over included.
         others: as named.
     """
@@ -50,9 +54,10 @@ class Run:
     data: TrainData
     placement: Placement
     device: str
-    optimizer: Optimizer
+    adapters: Adapters | None
+    optimizers: list[Optimizer]
     engine: Engine
-    scheduler: LambdaLR
+    schedulers: list[LambdaLR]
     num_steps: int
     report: Reporter
     stop: StopAfterStep
@@ -71,6 +76,19 @@ class Run:
             self.num_batches += 1
             yield epoch, {name: value.to(self.device) for name, value in batch.items()}
 
+    def close_step(self) -> None:
+        """After the backward pass, which has updated everything: the next step may begin, with the next learning rates."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def rates(self) -> dict[str, float]:
+        """The learning rates of the next step: ``lr``, and ``lora_lr`` if adapters have one of their own."""
+        return dict(zip(("lr", "lora_lr"), (float(each.get_last_lr()[0]) for each in self.schedulers), strict=False))
+
     def evaluation_is_due(self) -> bool:
         """After the step just taken; after the last one there is an evaluation anyway."""
         every, step = self.config.eval_every, self.report.num_steps
@@ -87,10 +105,11 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What the settings come to, for the first event."""
-        stats = self.data.stats
+        stats, added = self.data.stats, [] if self.adapters is None else self.adapters.parameters()
         return {
             "config": self.config.to_dict(),
             "num_parameters": sum(param.numel() for param in self.model.parameters()),
+            "num_adapter_parameters": sum(param.numel() for param in added),
             "num_steps": self.num_steps,
             "steps_per_epoch": len(self.data.train),
             "lr": self.config.effective_lr,
@@ -115,6 +134,8 @@ def prepare(
         What ``train`` raises before its first step.
     """
     device = resolve_device(config.device)
+    if config.lora_rank:
+        require_peft()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     records, held_out = read_data(config)
@@ -131,19 +152,23 @@ def prepare(
     dtype = parse_dtype(config.dtype)
     if model is None:
         where = "cpu" if placement.streamed else device
-        model = load_model(loaded.model, dtype=dtype, device=where, trust_remote_code=trusted, lazy=placement.streamed)
-    state = sum(state_bytes(param, config.optimizer, config.rounding) for param in model.parameters())
+        model = load_model(
+            loaded.model, dtype=dtype, device=where, trust_remote_code=trusted, lazy=placement.streamed,
+            merge_adapters=checkpoint is None,
+        )  # fmt: skip
+    torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
+    adapters = make_adapters(config, model, checkpoint)
+    state = optimizer_state_bytes(config, model, adapters)
     check_disk(output, model, placement.directory, config.num_checkpoints_at_once, state)
     if dtype == torch.bfloat16 and not computes_bfloat16(device):
         _logger.warning(
             "this processor has no instructions for bfloat16: products are computed in float32 and rounded, so steps take longer "
             "than with dtype float32, which takes twice the memory"
         )
-    torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
-    optimizer = make_optimizer(config, model.train())
+    optimizers = make_optimizers(config, model.train(), adapters)
     engine = fuse(
         model,
-        optimizer,
+        optimizers,
         micro_batch_size=placement.micro_batch_size,
         clip_grad_norm=config.effective_clip_grad_norm,
         clip_grad_value=config.clip_grad_value,
@@ -163,9 +188,10 @@ def prepare(
         data=data,
         placement=placement,
         device=device,
-        optimizer=optimizer,
+        adapters=adapters,
+        optimizers=optimizers,
         engine=engine,
-        scheduler=LambdaLR(optimizer, schedule),
+        schedulers=[LambdaLR(optimizer, schedule) for optimizer in optimizers],
         num_steps=num_steps,
         report=Reporter(device),
         stop=StopAfterStep(),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..log import get_logger
-from ..models.saving import write_model
+from .adapters import write_checkpoint_model
 from .bad_steps import SpikeGuard
 from .checkpoint import FOLDER, keep_newest, list_checkpoints, write_checkpoint
 from .events import EventLog
@@ -100,7 +100,7 @@ class Saver:
             path = write_checkpoint(
                 self.folder,
                 run.report.num_steps,
-                lambda directory: write_model(run.model, run.tokenizer, directory, parts),
+                lambda directory: write_checkpoint_model(run, directory, parts),
                 tensors,
                 state,
             )

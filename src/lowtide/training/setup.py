@@ -290,9 +290,17 @@ def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return of_epochs if config.max_steps is None else min(of_epochs, config.max_steps)
 
 
-def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters; weight decay applies to those of two and more dimensions only."""
-    trainable = [param for param in model.parameters() if param.requires_grad]
+def make_optimizer(
+    config: TrainConfig, model: torch.nn.Module, params: Sequence[torch.nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; weight decay applies to those of two and more dimensions only.
+
+    Args:
+        config: the settings.
+        model: what is trained.
+        params: some of its parameters, instead of all.
+    """
+    trainable = [param for param in (model.parameters() if params is None else params) if param.requires_grad]
     groups = [
         {"params": [param for param in trainable if param.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [param for param in trainable if param.ndim < 2], "weight_decay": 0.0},

@@ -7,6 +7,7 @@ that takes long is loaded, and the output directory is made only when training c
     metrics.jsonl  one event a line (see ``events.py``)
     checkpoints/   what the run goes on from after an interruption (see ``checkpoint.py``)
     model/         the trained model, which plain transformers opens
+    adapter/       with LoRA: the adapters alone, which are merged into the model (see ``adapters.py``)
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import yaml
 from ..evaluation import LossResult
 from ..fusing import Engine
 from ..log import get_logger
-from ..models import save_model
+from ..models.lora import ADAPTER_FOLDER
 from ..weights.direct_io import flush_directory
+from .adapters import save_trained
 from .bad_steps import MAX_ROLLBACKS, RollBack, SpikeGuard, TooManyBadStepsError, too_many
 from .checkpoint import FOLDER, Checkpoint, newest_checkpoint, set_aside
 from .config import ABOUT_RESUMING, TrainConfig
@@ -82,7 +84,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig, *, on_event: Listener | None = None, show_progress: bool = True) -> TrainResult:
-    """Fine-tune all parameters of a model as ``config`` says and save it to ``config.output``.
+    """Fine-tune a model as ``config`` says, all its parameters unless that says otherwise, and save it to ``config.output``.
 
     Same settings, same machine, same number of threads: the same losses and weights bit for bit on the CPU, in one go or resumed
     from checkpoints. Sets torch's global random seed, and its number of threads if ``config.threads`` is given.
@@ -98,6 +100,7 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
         FileExistsError: the output directory is not empty.
         MemoryError: the weights do not fit in memory.
         OSError: the disk is full or failed.
+        ModuleNotFoundError: there are to be adapters, and peft is not installed.
         RuntimeError: the loss stayed not finite for many steps. No model is saved then.
     """
     config.validate()
@@ -167,8 +170,9 @@ def _run(
             restore(run, checkpoint, skip_to)
             set_later_aside(output, checkpoint)
         output.mkdir(parents=True, exist_ok=True)
-        if (output / "model").exists():  # of this run, before it was continued with more steps
-            set_aside(output / "model")
+        for saved in (output / "model", output / ADAPTER_FOLDER):
+            if saved.exists():  # of this run, before it was continued with more steps
+                set_aside(saved)
         _write_settings(config, output)
         log = log or EventLog(output / "metrics.jsonl", existing=config.resume is not None)
         stack.callback(log.close)
@@ -183,11 +187,7 @@ def _run(
         saver = Saver(run, output, log, guard)
         stack.enter_context(run.stop)
         before, after = _evaluate_train_evaluate(run, saver, checkpoint)
-        if run.stop.requested:
-            model_dir = saver.save(interrupted=True)
-        else:
-            model_dir = output / "model"
-            save_model(run.model, run.tokenizer, model_dir, run.engine.parts_of_model())
+        model_dir = saver.save(interrupted=True) if run.stop.requested else save_trained(run, output)
         result = TrainResult(
             num_steps=run.report.num_steps,
             num_skipped=run.report.num_skipped,
@@ -223,19 +223,17 @@ def _evaluate_train_evaluate(
 
 def _run_steps(run: Run, saver: Saver) -> None:
     """The training loop."""
-    model, engine, optimizer, scheduler, report = run.model, run.engine, run.optimizer, run.scheduler, run.report
+    model, engine, report = run.model, run.engine, run.report
     for epoch, batch in run.batches():
-        lr = scheduler.get_last_lr()[0]
+        rates = run.rates()
         loss = model(**batch).loss
         spike = saver.guard.is_spike(loss.item())
         if spike:
             loss = loss.detach()  # so that its graph is gone before the next one is made
         else:
             engine.backward(loss)  # every parameter is updated as its gradient completes
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        report.step(batch, loss.item(), lr=lr, epoch=epoch, **(SPIKE if spike else outcome(engine)))
+        run.close_step()
+        report.step(batch, loss.item(), **rates, epoch=epoch, **(SPIKE if spike else outcome(engine)))
         _look_at(run, saver, loss.item())
         if run.stop.requested:
             break
