@@ -139,7 +139,7 @@ def train_lowtide(
     tokenizer: Any,
     items: list[Any],
     folder: Path,
-) -> Any:
+) -> Callable[[], Any]:
     """By ``lowtide.training.train``, as a user would; returns what loads the saved model."""
     import torch
 
@@ -170,7 +170,7 @@ def train_plain(
     tokenizer: Any,
     items: list[Any],
     folder: Path,
-) -> Any:
+) -> Callable[[], Any]:
     """The loop that everybody writes; returns what gives the model."""
     import torch
 
