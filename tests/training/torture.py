@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -162,7 +163,9 @@ class Torture:
 def torture(folder: Path, kills: int, seed: int = 0, most_a_run: int = 10) -> Torture:
     """Kill until so many kills were survived."""
     torch.set_num_threads(1)
-    # tqdm has a thread that takes its lock now and then: a process that is forked at that moment would wait for the lock for ever.
+    # tqdm's lock is one for all forked processes: a run that is killed while it holds it would keep it, and the next one wait for ever.
+    # And its thread must not hold the lock at the moment of a fork.
+    tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0
     found = Torture(folder, seed)
     while found.num_kills < kills:
