@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # The processes of the parts find their modules in the same places; a plain checkout needs no installation.
-PATHS = [str(HERE), str(HERE.parents[1] / "src")]
+PATHS = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "src")]
 sys.path[:0] = PATHS
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 

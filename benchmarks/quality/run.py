@@ -49,14 +49,6 @@ GRID = {
     "sgd": (0.05, 0.1, 0.2),
 }
 TASKS = ("trec", "cb", "copa", "rte", "wic", "wsc", "multirc", "boolq")
-WORDS = {
-    "ABBR": " abbreviation",
-    "DESC": " description",
-    "ENTY": " entity",
-    "HUM": " person",
-    "LOC": " place",
-    "NUM": " number",
-}
 NUM_DEV, NUM_TEST, WARMUP = 500, 500, 0.1
 FIELDS = (
     "date", "commit", "machine", "torch", "transformers", "task", "method", "lr", "seed", "steps", "batch_size", "num_dev", "dev_accuracy",
@@ -75,13 +67,13 @@ def splits(task: str) -> dict[str, list[Any]]:
         found = load_superglue(task, data / "superglue", num_dev=NUM_DEV, num_test=NUM_TEST)
         return {name: found.split(name) for name in ("train", "dev", "test")}
 
+    sys.path.insert(0, str(HERE.parent))
+    from trec import WORDS, read_questions
+
     def read(name: str) -> list[ChoiceItem]:
-        choices, items = list(WORDS.values()), []
-        for line in (data / "trec_qc" / name).read_text(encoding="latin-1").splitlines():
-            label, _, question = line.partition(" ")
-            gold = choices.index(WORDS[label.partition(":")[0]])
-            items.append(ChoiceItem(f"Question: {question}\nAnswer type:", choices, gold))
-        return items
+        choices = list(WORDS.values())
+        rows = read_questions(data / "trec_qc" / name)
+        return [ChoiceItem(row["prompt"], choices, choices.index(row["completion"])) for row in rows]
 
     rows = read("train.txt")
     random.Random(0).shuffle(rows)

@@ -110,13 +110,13 @@ class Training:
         pinned = sum(home.store.num_bytes for home in self.engine.home.streamed if isinstance(home.store, HostStore))
         inputs = self.engine._block_inputs
         pinned += inputs.pool_bytes if isinstance(inputs, HostInputs) else 0
-        found = {"pinned": pinned, "resident": peak_resident_bytes()}
+        # The same columns in a rehearsal, so that one that is given twice shows there.
+        found = {"pinned": pinned, "resident": peak_resident_bytes(), "outside_torch": 0}
         if not self.context.rehearse:
             found["allocated"], found["reserved"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             free, total = torch.cuda.mem_get_info()
-            found["outside_torch"] = (
-                total - free - torch.cuda.memory_reserved()
-            )  # libraries that were loaded meanwhile, too
+            # with libraries that were loaded meanwhile
+            found["outside_torch"] = total - free - torch.cuda.memory_reserved()
         return found
 
     def speed(self, seconds: list[float]) -> dict[str, Any]:

@@ -7,21 +7,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from bigger_than_memory import SHAPES
 from lowtide.models.lazy import skeleton
 
 from .context import Context
 
-# LLaMA (arXiv 2302.13971, table 2) and TinyLlama (arXiv 2401.02385).
-SHAPES: dict[str, dict[str, int]] = {
-    "1b": {
-        "hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
-        "intermediate_size": 5632,
-    },
-    "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
-    "13b": {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13824},
-    "30b": {"hidden_size": 6656, "num_hidden_layers": 60, "num_attention_heads": 52, "intermediate_size": 17920},
-    "65b": {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 22016},
-}  # fmt: skip
 _VOCABULARY = 32000
 
 # Dense FLOP/s with 16-bit numbers and float32 sums, from the makers' data sheets.

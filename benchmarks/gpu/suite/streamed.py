@@ -54,7 +54,7 @@ def capped(context: Context, name: str, cap_gib: float) -> None:
         train_and_report(
             context, f"{name}, {cap_gib:g} GiB", chosen.config, setup_of(chosen.plan, batch, seq, Path(folder) / "weights"),
             most_steps=3, plan_step_s=f"{chosen.plan.time.step_s:.3f}", homes=described, cap=memory["cap"],
-            outside_torch=memory["outside_torch"], note=f"{note}; LOMO paper: {_PAPER[name]} RTX 3090", **planned(chosen.plan.footprint),
+            note=f"{note}; LOMO paper: {_PAPER[name]} RTX 3090", **planned(chosen.plan.footprint),
         )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def long_sequences(context: Context, cap_gib: float = 24) -> None:
                 )
                 setup = setup_of(plan, 1, seq, Path(folder) / "weights")
                 seconds = train_and_report(
-                    context, case, config, setup, most_steps=1, cap=memory["cap"], outside_torch=memory["outside_torch"],
+                    context, case, config, setup, most_steps=1, cap=memory["cap"],
                     plan_step_s=f"{plan.time.step_s:.3f}", homes=f"{plan.count('device')} device, {plan.count('host')} host",
                     note=f"block inputs {plan.block_inputs}", **planned(plan.footprint),
                 )  # fmt: skip
