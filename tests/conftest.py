@@ -22,6 +22,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_token_cache(tmp_path_factory):
+    """Nothing is left in the cache of whoever runs the tests, and nothing is found there."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWTIDE_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

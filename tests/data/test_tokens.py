@@ -278,7 +278,7 @@ def test_what_has_nothing_left_to_train_on_is_dropped_and_counted(tokenizer):
 
 
 def test_order_is_that_of_the_records_across_kinds_and_calls(tokenizer, monkeypatch):
-    monkeypatch.setattr("lowtide.data.tokens._RECORDS_PER_CALL", 2)
+    monkeypatch.setattr("lowtide.data.encoding._RECORDS_PER_CALL", 2)
     records = [text("a"), chat(CHAT), pair("b", "c"), text("d"), text("e"), chat(CHAT[:3]), text("f")]
     examples, _ = encode(records, tokenizer)
     assert examples == [encode_one(record, tokenizer) for record in records]

@@ -1,19 +1,15 @@
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from lowtide.optim import AdaLomo, Lomo, PerParameter
 from lowtide.training.setup import (
     check_disk,
     check_output,
     count_steps,
-    encode_data,
     make_optimizer,
-    read_data,
     resolve_device,
     without_cache,
 )
-from tiny_files import write_jsonl
 
 
 def test_output_may_be_new_or_empty(tmp_path):
@@ -96,44 +92,3 @@ def test_the_cache_is_off_inside_only():
         assert model.config.use_cache is False
         raise KeyError
     assert model.config.use_cache is True
-
-
-def test_held_out_records_come_from_the_training_data_or_from_their_own(make_config, tmp_path):
-    train, held_out = read_data(make_config(eval_fraction=0.25))
-    assert (len(train), len(held_out)) == (48, 16)
-    assert not {record.line for record in train} & {record.line for record in held_out}
-    own = write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "x", "completion": "y"}])
-    train, held_out = read_data(make_config(eval_data=[str(own)]))
-    assert (len(train), len(held_out)) == (64, 1)
-    assert read_data(make_config(eval_fraction=0))[1] == []
-
-
-def test_a_single_record_cannot_be_held_out(make_config, tmp_path):
-    one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "x", "completion": "y"}])
-    with pytest.raises(ValueError, match=r"one\.jsonl has a single record.*eval_fraction"):
-        read_data(make_config(data=[str(one)]))
-
-
-def test_passages_of_a_long_text_are_held_out(make_config, model_dir, tmp_path):
-    book = tmp_path / "book.txt"
-    book.write_text("".join(f"line {number}\n" for number in range(400)))
-    config = make_config(data=[str(book)])
-    data = encode_data(config, *read_data(config), AutoTokenizer.from_pretrained(model_dir))
-    num_held_out = sum(len(batch["input_ids"]) for batch in data.held_out.epoch(0))
-    num_train = sum(len(batch["input_ids"]) for batch in data.train.epoch(0))
-    assert num_held_out / (num_held_out + num_train) == pytest.approx(0.1, abs=0.03)
-    book.write_text("short")
-    with pytest.raises(ValueError, match=r"book\.txt is too short"):
-        encode_data(config, *read_data(config), AutoTokenizer.from_pretrained(model_dir))
-
-
-@pytest.mark.parametrize(("packing", "packed"), [(None, (True, False)), (True, (True, True)), (False, (False, False))])
-def test_text_is_packed_and_prompts_are_padded_unless_asked_otherwise(
-    make_config, model_dir, tmp_path, packing, packed
-):
-    text = write_jsonl(tmp_path / "text.jsonl", [{"text": f"some text {number}"} for number in range(30)])
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    for changes, expected in (({"data": [str(text)]}, packed[0]), ({}, packed[1])):
-        config = make_config(packing=packing, **changes)
-        batch = next(encode_data(config, *read_data(config), tokenizer).train.epoch(0))
-        assert ("position_ids" in batch) is expected

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..data import Example, Record
-    from ..training.setup import TrainData
+    from ..data.inputs import Input
+    from ..training.data import TrainData
 
-_SHOWN_BAD = 10  # records that are skipped are named one by one up to here
 _RULE = "-" * 80
 _EPILOG = """\
 examples:
@@ -75,15 +75,9 @@ def run(args: argparse.Namespace) -> int:
     from .quiet import quiet_libraries
 
     quiet_libraries(tell_data=True)
-    from ..data import read_records
     from ..models import load_tokenizer
-    from ..training.setup import encode_data
+    from ..training.data import find_data, load_data
 
-    bad: list[ValueError] = []
-    records = read_records(args.data, bad.append if args.bad_records == "skip" else None)
-    for error in bad[:_SHOWN_BAD]:
-        print(f"skipped: {error}")
-    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     config = TrainConfig(
         model=args.model,
         data=args.data,
@@ -92,21 +86,26 @@ def run(args: argparse.Namespace) -> int:
         max_seq_len=args.max_seq_len,
         batch_size=args.batch_size,
         packing=args.packing,
+        bad_records=args.bad_records,
     )
-    data = encode_data(config, records, [], tokenizer)
-    for number, (record, example) in enumerate(_shown(records, tokenizer, args), start=1):
+    found = find_data(config)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    data = load_data(config, tokenizer, found, show_progress=sys.stdout.isatty())
+    for number, (record, example) in enumerate(_shown(found.train, tokenizer, args), start=1):
         _print_example(number, record, example, tokenizer)
-    print("\n".join(describe_data(data, num_skipped=len(bad))))
+    print("\n".join(describe_data(data)))
     return 0
 
 
 def _shown(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+    inputs: Sequence[Input], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> Iterator[tuple[Record, Example]]:
     """The first examples, each with the record that it was made from."""
     from ..data import encode_records
+    from ..data.records import stream_records
 
     left = args.num
+    records = (record for each in inputs for record in stream_records(each, lambda error: None, tell=False))
     for record in records:
         if not left:
             return
@@ -144,15 +143,10 @@ def _print_example(number: int, record: Record, example: Example, tokenizer: Pre
     print(_RULE)
 
 
-def describe_data(data: TrainData, *, num_skipped: int = 0) -> list[str]:
-    """Counts over all of the data, a line each.
-
-    Args:
-        data: records as examples and batches.
-        num_skipped: records that could not be used.
-    """
+def describe_data(data: TrainData) -> list[str]:
+    """Counts over all of the data, a line each."""
     stats, train = data.stats, data.train
-    skipped = f", {num_skipped:,} skipped" if num_skipped else ""
+    skipped = f", {data.num_skipped:,} skipped" if data.num_skipped else ""
     how = (
         f"packed into sequences of {train.max_seq_len}" if train.packing else f"padded in batches of {train.batch_size}"
     )

@@ -103,14 +103,13 @@ def adamw_task(settings: dict[str, Any]) -> dict[str, Any]:
     from ..models import load_model, load_tokenizer, parse_dtype
     from ..planning.hardware import resident_bytes
     from ..training import TrainConfig
-    from ..training.setup import encode_data, read_data
+    from ..training.data import load_data
 
     library_bytes = resident_bytes()
     config = TrainConfig(**settings["config"])
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    records, held_out = read_data(config)
-    batches = encode_data(config, records, held_out, load_tokenizer(config.model)).train
+    batches = load_data(config, load_tokenizer(config.model)).train
     model = load_model(config.model, dtype=parse_dtype(config.dtype)).train()
     model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)

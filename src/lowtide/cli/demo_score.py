@@ -64,11 +64,9 @@ def score_model(
             right.setdefault(material.choices[item.gold].strip(), []).append(guess == item.gold)
         by_choice = {choice: sum(some) / len(some) for choice, some in sorted(right.items())}
         return Score("accuracy", result.accuracy, result.num_items, by_choice)
-    from ..training.setup import encode_data
+    from ..training.data import batches_of_records
 
-    batches = encode_data(config, material.held_out, material.held_out, tokenizer).held_out
-    assert batches is not None  # there are held-out records
-    loss = evaluate_loss(model, batches.epoch(0))
+    loss = evaluate_loss(model, batches_of_records(config, material.held_out, tokenizer).epoch(0))
     return Score("perplexity", loss.perplexity, loss.num_tokens, {})
 
 

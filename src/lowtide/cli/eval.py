@@ -185,15 +185,18 @@ def _score_task(
 
 
 def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Any:
-    from ..data import Batches, encode_records, read_records
+    from ..data import Batches
+    from ..data.cache import TokenCache, default_cache_folder
+    from ..data.inputs import find_inputs
+    from ..data.loading import load_tokens
 
-    records = read_records(args.data)
-    examples, stats = encode_records(records, tokenizer, args.max_seq_len)
+    cache = TokenCache(default_cache_folder())
+    store = load_tokens(find_inputs(args.data), tokenizer, args.max_seq_len, cache=cache)
+    stats = store.all().stats()
     print(f"{stats.num_records} records, {stats.num_trained_tokens} tokens that count", flush=True)
-    packing = all(record.text is not None for record in records)
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return Batches(
-        examples, batch_size=args.batch_size, max_seq_len=args.max_seq_len, packing=packing, seed=0, shuffle=False,
+        store.all(), batch_size=args.batch_size, max_seq_len=args.max_seq_len, packing=store.info["only_text"], seed=0, shuffle=False,
         pad_token_id=next((token for token in known if token is not None), 0),
     )  # fmt: skip
 

@@ -2,10 +2,11 @@
 
 from .batches import Batches, pack_lengths, split_held_out
 from .choices import ChoiceItem, as_records, majority_share
+from .encoding import TokenStats, encode_records
 from .record import Record
 from .records import Source, read_records, read_sources
 from .superglue import TASKS, TaskData, load_superglue
-from .tokens import Example, TokenStats, as_completion, encode_records
+from .tokens import Example, as_completion
 
 __all__ = [
     "TASKS",

@@ -11,17 +11,19 @@ Shapes: B rows of a batch, S positions of a row.
 
 from __future__ import annotations
 
-import array
 import bisect
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import TypeVar
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from .store import Ints, Selection, TokenStore
 from .tokens import IGNORED, Example
 
 T = TypeVar("T")
@@ -41,7 +43,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | Selection,
         *,
         batch_size: int,
         max_seq_len: int,
@@ -50,43 +52,43 @@ class Batches:
         seed: int,
         shuffle: bool = True,
     ) -> None:
-        _check(examples, batch_size, max_seq_len, pad_token_id)
+        self._chosen = examples if isinstance(examples, Selection) else _checked(examples, max_seq_len)
+        _check(self._chosen, batch_size, pad_token_id)
         self.batch_size = batch_size
         self.max_seq_len = max_seq_len
         self.pad_token_id = pad_token_id
         self.packing = packing
         self.seed = seed
         self.shuffle = shuffle
-        # Flat 32-bit storage: lists of Python integers take several times the memory, for the whole of the training.
-        self._ids = _flat(example.input_ids for example in examples)
-        self._labels = _flat(example.labels for example in examples)
-        self._lengths = [len(example.input_ids) for example in examples]
-        self._starts = [0, *accumulate(self._lengths)]
-        self._labels[self._starts[:-1]] = IGNORED  # nothing in its own example precedes a first token
-        self._plan = pack_lengths(self._lengths, max_seq_len) if packing else [[length] for length in self._lengths]
+        # Sequence i holds examples of the lengths plan[bounds[i] : bounds[i + 1]].
+        lengths = self._chosen.lengths
+        self._plan: Ints = lengths
+        self._bounds: Ints = numpy.arange(len(lengths) + 1)
+        if packing:
+            self._plan, self._bounds = _pack(lengths, max_seq_len)
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        return -(-len(self._plan) // self.batch_size)
+        return -(-(len(self._bounds) - 1) // self.batch_size)
 
     @property
     def packing_waste(self) -> float:
         """Share of all positions that hold padding, between 0 and 1 (padded: in epoch 0; it depends on the order)."""
+        num_sequences = len(self._bounds) - 1
         if self.packing:
-            num_positions = len(self._plan) * self.max_seq_len
+            num_positions = num_sequences * self.max_seq_len
         else:
-            rows = [self._lengths[row[0]] for row in self._sequences(0)]
-            groups = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-            num_positions = sum(max(group) * len(group) for group in groups)
-        return 1 - sum(self._lengths) / num_positions
+            examples, order = self._sequences(0)
+            rows = self._chosen.lengths[examples[order]]
+            firsts = numpy.arange(0, num_sequences, self.batch_size)
+            sizes = numpy.diff(numpy.append(firsts, num_sequences))
+            num_positions = int((numpy.maximum.reduceat(rows, firsts) * sizes).sum(dtype=numpy.int64))
+        return 1 - int(self._chosen.lengths.sum(dtype=numpy.int64)) / num_positions
 
     @property
     def fingerprint(self) -> str:
         """Tells other data, another split or another tokenizer: 16 hexadecimal digits over all ids, labels and lengths."""
-        digest = hashlib.sha256()
-        for tensor in (self._ids, self._labels, torch.tensor(self._lengths)):
-            digest.update(tensor.numpy().data)
-        return digest.hexdigest()[:16]
+        return self._chosen.digest()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch from number ``start`` on, in the same order whenever it is asked for.
@@ -94,29 +96,32 @@ class Batches:
         Each is a dict of int64 tensors [B, S] on the CPU: ``input_ids``, ``labels`` (unshifted, -100 = not trained on),
         and ``position_ids`` if packed, ``attention_mask`` (1 = token, 0 = padding on the right) if padded.
         """
-        sequences = self._sequences(epoch)
-        for first in range(start * self.batch_size, len(sequences), self.batch_size):
-            yield self._batch(sequences[first : first + self.batch_size])
+        examples, order = self._sequences(epoch)
+        for first in range(start * self.batch_size, len(order), self.batch_size):
+            numbers = order[first : first + self.batch_size]
+            yield self._batch([examples[self._bounds[i] : self._bounds[i + 1]].tolist() for i in numbers])
 
-    def _sequences(self, epoch: int) -> list[list[int]]:
-        """For every sequence of the epoch the indices of its examples."""
-        rng = random.Random(f"{self.seed}/{epoch}")
-        order = list(range(len(self._lengths)))
-        if self.shuffle:
-            rng.shuffle(order)
+    def _sequences(self, epoch: int) -> tuple[Ints, Ints]:
+        """The examples of all sequences behind one another, and the order of the sequences."""
+        num_examples, num_sequences = len(self._chosen), len(self._bounds) - 1
+        order = self._order(num_examples, f"{self.seed}/{epoch}/examples")
         if not self.packing:
-            return [[index] for index in order]
+            return order, numpy.arange(num_sequences)
         # The plan says which lengths share a sequence; which examples of that length do is drawn anew every epoch.
-        by_length: dict[int, list[int]] = {}
-        for index in reversed(order):
-            by_length.setdefault(self._lengths[index], []).append(index)
-        sequences = [[by_length[length].pop() for length in lengths] for lengths in self._plan]
-        if self.shuffle:
-            rng.shuffle(sequences)
-        return sequences
+        examples = numpy.empty(num_examples, dtype=numpy.int64)
+        by_length = order[numpy.argsort(self._chosen.lengths[order], kind="stable")]
+        examples[numpy.argsort(self._plan, kind="stable")] = by_length
+        return examples, self._order(num_sequences, f"{self.seed}/{epoch}/sequences")
+
+    def _order(self, number: int, what: str) -> Ints:
+        """The numbers below ``number``, in an order that ``what`` decides, today and in any later version of anything."""
+        if not self.shuffle:
+            return numpy.arange(number)
+        key = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "little")
+        return numpy.argsort(_splitmix64(numpy.arange(number, dtype=numpy.uint64), key), kind="stable")
 
     def _batch(self, sequences: list[list[int]]) -> dict[str, Tensor]:
-        longest = max(self._lengths[index] for sequence in sequences for index in sequence)
+        longest = max(int(self._chosen.lengths[number]) for sequence in sequences for number in sequence)
         shape = (len(sequences), self.max_seq_len if self.packing else longest)
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORED)
@@ -124,16 +129,24 @@ class Batches:
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             end = 0
-            for index in sequence:
-                start, end = end, end + self._lengths[index]
-                stored = slice(self._starts[index], self._starts[index + 1])
-                input_ids[row, start:end] = self._ids[stored]
-                labels[row, start:end] = self._labels[stored]
+            for number in sequence:
+                tokens = self._chosen.tokens(number)
+                start, end = end, end + len(tokens)
+                input_ids[row, start:end] = torch.from_numpy(numpy.where(tokens < 0, ~tokens, tokens))
+                labels[row, start:end] = torch.from_numpy(numpy.where(tokens < 0, IGNORED, tokens))
                 position_ids[row, start:end] = torch.arange(end - start)
             position_ids[row, end:] = torch.arange(shape[1] - end)
             attention_mask[row, :end] = 1
         batch = {"input_ids": input_ids, "labels": labels}
         return batch | ({"position_ids": position_ids} if self.packing else {"attention_mask": attention_mask})
+
+
+def _splitmix64(numbers: NDArray[numpy.uint64], key: int) -> NDArray[numpy.uint64]:
+    """Random-looking 64 bits for every number (Steele, Lea and Flood 2014, doi.org/10.1145/2660193.2660195)."""
+    mixed = numbers * numpy.uint64(0x9E3779B97F4A7C15) + numpy.uint64(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)
+    return mixed ^ (mixed >> numpy.uint64(31))
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -142,10 +155,19 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     The longest go first, each into the fullest sequence that still has room. The number of
     sequences is asymptotically at most 11/9 of the fewest possible (Johnson et al. 1974, doi.org/10.1137/0203025).
     """
-    sequences: list[list[int]] = []
+    plan, bounds = _pack(numpy.asarray(lengths), capacity)
+    return [plan[start:end].tolist() for start, end in itertools.pairwise(bounds)]
+
+
+def _pack(lengths: Ints, capacity: int) -> tuple[Ints, Ints]:
+    """The same as one array, and where every sequence begins and the last one ends in it."""
+    decreasing = numpy.sort(lengths)[::-1]
+    numbers = numpy.empty(len(lengths), dtype=numpy.int64)  # of the sequence that a length goes to
+    num_sequences = 0
     with_room: dict[int, list[int]] = {}  # room -> sequences that have exactly that much left
     rooms: list[int] = []  # the keys of with_room, sorted
-    for length in sorted(lengths, reverse=True):
+    for index, each in enumerate(decreasing):
+        length = int(each)
         place = bisect.bisect_left(rooms, length)
         if place < len(rooms):
             room = rooms[place]
@@ -153,14 +175,16 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             if not with_room[room]:
                 del with_room[room], rooms[place]
         else:
-            room, number = capacity, len(sequences)
-            sequences.append([])
-        sequences[number].append(length)
+            room, number = capacity, num_sequences
+            num_sequences += 1
+        numbers[index] = number
         left = room - length
-        if left not in with_room:
-            bisect.insort(rooms, left)
-        with_room.setdefault(left, []).append(number)
-    return sequences
+        if left > 0:
+            if left not in with_room:
+                bisect.insort(rooms, left)
+            with_room.setdefault(left, []).append(number)
+    plan = decreasing[numpy.argsort(numbers, kind="stable")]
+    return plan, numpy.concatenate([[0], numpy.cumsum(numpy.bincount(numbers, minlength=num_sequences))])
 
 
 def split_held_out(records: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
@@ -182,13 +206,16 @@ def split_held_out(records: Sequence[T], fraction: float, seed: int) -> tuple[li
     return train, [records[index] for index in sorted(held_out)]
 
 
-def _check(examples: Sequence[Example], batch_size: int, max_seq_len: int, pad_token_id: int) -> None:
-    if not examples:
+def _check(chosen: Selection, batch_size: int, pad_token_id: int) -> None:
+    if not len(chosen):
         raise ValueError("no examples to make batches of")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if pad_token_id is None:
         raise ValueError("pad_token_id is None; use the end-of-sequence token for a tokenizer without a padding token")
+
+
+def _checked(examples: Sequence[Example], max_seq_len: int) -> Selection:
     for index, example in enumerate(examples):
         if len(example.input_ids) != len(example.labels):
             raise ValueError(
@@ -204,11 +231,4 @@ def _check(examples: Sequence[Example], batch_size: int, max_seq_len: int, pad_t
             raise ValueError(
                 f"example {index} has no token to train on (all labels but the first are {IGNORED}); drop it"
             )
-
-
-def _flat(lists: Iterator[list[int]]) -> Tensor:
-    """All numbers of all lists behind one another, int32."""
-    numbers = array.array("i")
-    for some in lists:
-        numbers.extend(some)
-    return torch.frombuffer(numbers, dtype=torch.int32)
+    return TokenStore.of_examples(examples).all()

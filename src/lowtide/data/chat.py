@@ -13,10 +13,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..log import get_logger
 from .record import Record
-
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,14 +43,7 @@ def render_chats(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> l
     end_tokens = tuple(
         token for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if token.strip()
     )
-    rendered = [_render_record(record, tokenizer, end_tokens) for record in records]
-    rewritten = sum(len(chats) > 1 for chats in rendered)
-    if rewritten:
-        logger.warning(
-            "the chat template rewrites earlier turns: %d conversations become one example per assistant turn",
-            rewritten,
-        )
-    return rendered
+    return [_render_record(record, tokenizer, end_tokens) for record in records]
 
 
 def _render_record(

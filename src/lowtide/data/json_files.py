@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..log import get_logger
 from .formats import WANTED, hint, shown, type_name
@@ -32,21 +32,20 @@ def not_utf8(place: str, raw: bytes, index: int, offset: int) -> ValueError:
     return ValueError(f"{place}: byte {offset} (0x{raw[index]:02x}) is not valid UTF-8; {advice}save the file as UTF-8")
 
 
-def json_line_rows(path: Path) -> Iterator[Row]:
+def json_line_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     offset = 0
     # Binary lines end at \n alone; text mode and splitlines() would also cut at characters that JSON allows in strings.
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8")
-                line = (line.removeprefix("\ufeff") if number == 1 else line).strip()
-                if line:
-                    yield Row(number, None, _json_object(line, f"{path}:{number}"))
-            except UnicodeDecodeError as error:
-                yield Row(number, None, not_utf8(f"{path}:{number}", raw, error.start, offset + error.start))
-            except ValueError as error:
-                yield Row(number, None, error)
-            offset += len(raw)
+    for number, raw in enumerate(file, start=1):
+        try:
+            line = raw.decode("utf-8")
+            line = (line.removeprefix("\ufeff") if number == 1 else line).strip()
+            if line:
+                yield Row(number, None, _json_object(line, f"{path}:{number}"))
+        except UnicodeDecodeError as error:
+            yield Row(number, None, not_utf8(f"{path}:{number}", raw, error.start, offset + error.start))
+        except ValueError as error:
+            yield Row(number, None, error)
+        offset += len(raw)
 
 
 def _json_object(line: str, place: str) -> dict[str, Any]:
@@ -91,8 +90,8 @@ def _lists(document: Any) -> list[str]:
     return [name for name in _LIST_NAMES if isinstance(document, dict) and isinstance(document.get(name), list)]
 
 
-def json_document_rows(path: Path) -> Iterator[Row]:
-    raw = path.read_bytes()
+def json_document_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
+    raw = file.read()
     try:
         document = json.loads(raw.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:

@@ -16,6 +16,8 @@ class Record:
         instruction: (instruction, input) of an Alpaca record, which has ``messages`` too; the input may be empty. Used
             where the tokenizer has no chat template.
         row: its number in a table or an array, counted from 1, the header of a table left out; None in JSON Lines and text.
+        continues: the text goes on from that of the record before; a long file is read in pieces.
+        continued: the text goes on in the next record.
         others: as named.
     """
 
@@ -27,6 +29,8 @@ class Record:
     completion: str | None = None
     instruction: tuple[str, str] | None = None
     row: int | None = None
+    continues: bool = False
+    continued: bool = False
 
     @property
     def where(self) -> str:

@@ -3,61 +3,73 @@
 Text files (.txt, .md) are one record a file. Of the other file types (``rows.py``) every row is one, in one of five formats
 (``formats.py``) that are told from its keys, the same one for the whole of a file. Every error is one line that names the file,
 the line or row, and what to do.
+
+Files are read as they are needed, so that one larger than memory will do; JSON in one piece is the exception.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+import codecs
+import dataclasses
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from ..log import get_logger
 from .formats import format_of, ignored_keys, make_record, shown
+from .inputs import TEXT_SUFFIXES, Input, find_inputs
 from .json_files import not_utf8
 from .record import Record, Row, where
-from .rows import JSON_SUFFIXES, TABLE_SUFFIXES, read_rows
+from .rows import read_rows
 
-__all__ = ["OnBad", "Record", "Source", "read_records", "read_sources"]
+__all__ = ["Detected", "OnBad", "Record", "Source", "read_records", "read_sources", "stream_records"]
 
 logger = get_logger(__name__)
 
-TEXT_SUFFIXES = (".txt", ".md")
-SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + TABLE_SUFFIXES
-
 OnBad = Callable[[ValueError], None]  # told of a record that cannot be used
+OnRead = Callable[[int], None]  # told of the bytes of a file that have been read so far
+
+_PIECE = 2**20  # bytes of a text file that are read at once
+_LONG = 8 * _PIECE  # text files up to here are one piece
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file, or a data set of the hub, with what was found in it.
+class Detected:
+    """What was found in a file, or in a data set of the hub.
 
     Attributes:
         name: path or id.
         file_type: "text", "JSON Lines", "JSON", "CSV", "TSV", "Parquet" or "hub data set".
         format: "text", "messages", "prompt/completion", "alpaca" or "sharegpt".
-        records: at least one.
+        num_records: at least one.
     """
 
     name: str
     file_type: str
     format: str
-    records: list[Record]
+    num_records: int
 
     def __str__(self) -> str:
         """What was detected, in a line."""
-        number = len(self.records)
+        number = self.num_records
         return f"{self.name}: {self.format} ({self.file_type}), {number} record{'s' if number > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Source(Detected):
+    """The same, with all the records."""
+
+    records: list[Record]
 
 
 def read_records(paths: str | Path | Sequence[str | Path], on_bad: OnBad | None = None) -> list[Record]:
     """Read all records of one or more files, directories (searched with their subdirectories) or hub data set ids.
 
-    A string that is no existing path and looks like ``org/name`` is loaded with ``datasets.load_dataset`` (its train
-    split). The order is that of the arguments, then of the sorted file names, then of the lines.
+    The order is that of the arguments, then of the sorted file names, then of the lines.
 
     Args:
-        paths: what to read.
+        paths: what to read; see :func:`find_inputs`.
         on_bad: called with the error of every line or row that is no usable record, which is then left out; None to refuse
             the file.
 
@@ -70,70 +82,165 @@ def read_records(paths: str | Path | Sequence[str | Path], on_bad: OnBad | None 
 
 def read_sources(paths: str | Path | Sequence[str | Path], on_bad: OnBad | None = None) -> list[Source]:
     """As :func:`read_records`, file by file. What was detected in each is logged, too."""
-    entries = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    if not entries:
-        raise ValueError("no data files given")
-    return [source for entry in entries for source in _read_entry(entry, on_bad)]
+    return [_read_source(each, on_bad) for each in find_inputs(paths)]
 
 
-def _read_entry(entry: str | Path, on_bad: OnBad | None) -> list[Source]:
-    path = Path(entry).expanduser()
-    if not str(entry):
-        raise FileNotFoundError("the data path is empty; name a file, a directory or a hub data set")
-    if path.is_dir():
-        return [_read_file(file, on_bad) for file in _data_files(path)]
-    if path.exists():
-        return [_read_file(path, on_bad)]
-    if isinstance(entry, str) and _looks_like_hub_id(entry):
-        return [_read_hub(entry, on_bad)]
-    raise FileNotFoundError(f"{entry}: no such file or directory")
-
-
-def _data_files(directory: Path) -> list[Path]:
-    """Data files below a directory, sorted; hidden files and folders (``.git``, ``.cache``) are not data."""
-    found = [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-    ]
-    if not found:
-        raise FileNotFoundError(f"{directory}: holds no {', '.join(SUFFIXES)} file")
-    return found
-
-
-def _read_file(path: Path, on_bad: OnBad | None) -> Source:
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path}: unknown file type {path.suffix!r}; data files end in {', '.join(SUFFIXES)}")
-    if suffix in TEXT_SUFFIXES:
-        source = Source(str(path), "text", "text", _read_text(path))
-    else:
-        file_type, rows = read_rows(path)
-        source = _source_of(str(path), file_type, rows, on_bad)
-    logger.info("%s", source)
-    return source
-
-
-def _read_text(path: Path) -> list[Record]:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise not_utf8(f"{path}:{line}", raw, error.start, error.start) from None
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    if not text.strip():
-        raise ValueError(f"{path}: no records (the file is empty)")
-    return [Record(str(path), 1, text=text)]
-
-
-def _source_of(name: str, file_type: str, rows: Iterable[Row], on_bad: OnBad | None) -> Source:
-    """The records of one source, which must all be of the first one's format."""
+def _read_source(given: Input, on_bad: OnBad | None) -> Source:
     records: list[Record] = []
+    stream = stream_records(given, on_bad)
+    while True:
+        try:
+            record = next(stream)
+        except StopIteration as end:
+            detected: Detected = end.value
+            return Source(detected.name, detected.file_type, detected.format, detected.num_records, records)
+        if record.continues:
+            whole = (records[-1].text or "") + (record.text or "")
+            records[-1] = dataclasses.replace(records[-1], text=whole, continued=False)
+        else:
+            records.append(record)
+
+
+def stream_records(
+    given: Input, on_bad: OnBad | None = None, on_read: OnRead | None = None, *, tell: bool = True
+) -> Generator[Record, None, Detected]:
+    """The records of one file or data set, one after the other; a long text file comes as several that continue each other.
+
+    Args:
+        given: the file or data set.
+        on_bad: as in :func:`read_records`.
+        on_read: called before every record with the number of bytes that have been read of the file.
+        tell: log what was detected and which keys were ignored.
+
+    Returns:
+        What was detected, once all are read.
+
+    Raises (while they are read):
+        ValueError: as :func:`read_records`.
+    """
+    if given.path is None:
+        numbered = (Row(None, number, row) for number, row in enumerate(given.rows, start=1))
+        detected = yield from _records_of(given.name, "hub data set", numbered, on_bad, tell)
+    else:
+        with given.path.open("rb") as file:
+            if given.path.suffix.lower() in TEXT_SUFFIXES:
+                records = _read_text(given.path, file)
+            else:
+                file_type, rows = read_rows(given.path, file)
+                records = _records_of(given.name, file_type, rows, on_bad, tell)
+            detected = yield from _counted(records, file, on_read)
+    if tell:
+        logger.info("%s", detected)
+    return detected
+
+
+def _counted(
+    records: Generator[Record, None, Detected], file: BinaryIO, on_read: OnRead | None
+) -> Generator[Record, None, Detected]:
+    while True:
+        try:
+            record = next(records)
+        except StopIteration as end:
+            detected: Detected = end.value
+            return detected
+        if on_read is not None:
+            on_read(file.tell())
+        yield record
+
+
+def _read_text(path: Path, file: BinaryIO) -> Generator[Record, None, Detected]:
+    """The whole of a file, or, of a long one, pieces that end where no tokenizer that we know joins tokens (:func:`_cut`)."""
+    pieces = _text_pieces(path, file)
+    text = next(pieces, "")
+    empty, continues = not text.strip(), False
+    for following in pieces:
+        empty = empty and not following.strip()
+        yield Record(str(path), 1, text=text, continues=continues, continued=True)
+        text, continues = following, True
+    if empty:
+        raise ValueError(f"{path}: no records (the file is empty)")
+    yield Record(str(path), 1, text=text, continues=continues)
+    return Detected(str(path), "text", "text", 1)
+
+
+def _text_pieces(path: Path, file: BinaryIO) -> Iterator[str]:
+    is_long = path.stat().st_size > _LONG
+    decoded = _decoded(path, file)
+    if not is_long:
+        yield "".join(decoded)
+        return
+    held = ""
+    for text in decoded:
+        held += text
+        if cut := _cut(held):
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held
+
+
+def _pieces_of(record: Record) -> Iterator[Record]:
+    """The record itself, or several that continue each other if its text is long."""
+    text, continues = record.text or "", False
+    while len(text) > _LONG:
+        cut = _cut(text[:_LONG])
+        yield dataclasses.replace(record, text=text[:cut], continues=continues, continued=True)
+        text, continues = text[cut:], True
+    yield dataclasses.replace(record, text=text, continues=True) if continues else record
+
+
+def _cut(text: str) -> int:
+    """Where to cut a text that goes on: behind its last newline that a word follows; 0 for not yet.
+
+    A text without such newlines is cut before a blank between words, or anywhere, rather than read as a whole.
+    """
+    for mark, behind in (("\n", 1), (" ", 0)):
+        at = len(text) - 1
+        while (at := text.rfind(mark, 0, at)) > 0:
+            if not text[at + 1].isspace() and (behind or not text[at - 1].isspace()):
+                return at + behind
+        if len(text) < _LONG:
+            return 0
+    return len(text)
+
+
+def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
+    """The text of a file in pieces of any length, newlines as \\n, without a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = num_lines = 0
+    return_held = ""  # a \r at the end of a piece may be half of a \r\n
+    first = True
+    while raw := file.read(_PIECE):
+        kept = decoder.getstate()[0]
+        try:
+            text = decoder.decode(raw, final=False)
+        except UnicodeDecodeError as error:
+            raise _bad_text(path, kept + raw, error, offset - len(kept), num_lines) from None
+        offset, num_lines = offset + len(raw), num_lines + raw.count(b"\n")
+        text = return_held + (text.removeprefix("\ufeff") if first else text)
+        return_held = "\r" if text.endswith("\r") else ""
+        first = False
+        yield (text[:-1] if return_held else text).replace("\r\n", "\n")
+    kept = decoder.getstate()[0]
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise _bad_text(path, kept, error, offset - len(kept), num_lines) from None
+    yield return_held
+
+
+def _bad_text(path: Path, raw: bytes, error: UnicodeDecodeError, offset: int, num_lines: int) -> ValueError:
+    line = num_lines + raw.count(b"\n", 0, error.start) + 1
+    return not_utf8(f"{path}:{line}", raw, error.start, offset + error.start)
+
+
+def _records_of(
+    name: str, file_type: str, rows: Iterable[Row], on_bad: OnBad | None, tell: bool
+) -> Generator[Record, None, Detected]:
+    """The records of one source, which must all be of the first one's format."""
+    first: Record | None = None
     ignored: set[str] = set()
-    first_format, num_bad, noun = "", 0, "lines"
+    first_format, num_records, num_bad, noun = "", 0, 0, "lines"
     for line, number, row in rows:
         noun = "lines" if number is None else "rows"
         try:
@@ -141,46 +248,25 @@ def _source_of(name: str, file_type: str, rows: Iterable[Row], on_bad: OnBad | N
                 raise row
             place = where(name, line, number)
             format = format_of(row, place)
-            if first_format and format.name != first_format:
-                first = f"line {records[0].line}" if number is None else f"row {records[0].row}"
+            if first is not None and format.name != first_format:
+                began = f"line {first.line}" if number is None else f"row {first.row}"
                 raise ValueError(
-                    f"{place}: a {format.name!r} record in a file that began with {first_format!r} ({first}); "
+                    f"{place}: a {format.name!r} record in a file that began with {first_format!r} ({began}); "
                     "put each kind into a file of its own"
                 )
-            records.append(make_record(row, format, name, line, number))
+            record = make_record(row, format, name, line, number)
         except ValueError as error:
             if on_bad is None:
                 raise
             on_bad(error)
             num_bad += 1
             continue
-        first_format = format.name
+        first, first_format = first or record, format.name
         ignored |= ignored_keys(row, format)
-    if not records:
+        num_records += 1
+        yield from _pieces_of(record)
+    if not num_records:
         raise ValueError(f"{name}: no records ({f'all {num_bad} {noun} are bad' if num_bad else 'the file is empty'})")
-    if ignored:
+    if ignored and tell:
         logger.warning("%s: ignoring the keys %s", name, shown(sorted(ignored)))
-    return Source(name, file_type, first_format, records)
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    """``org/name``, unless it is more likely a mistyped path: a data file's name, or inside an existing directory."""
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
-        return False
-    return Path(name).suffix.lower() not in SUFFIXES and not Path(name).parent.is_dir()
-
-
-def _read_hub(name: str, on_bad: OnBad | None) -> Source:
-    import datasets  # takes seconds, and most users read files
-
-    try:
-        rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # datasets, huggingface_hub and requests each raise families of their own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
-            f"{name}: neither an existing path nor a data set that the hub gave ({type(error).__name__}: {reason})"
-        ) from error
-    numbered = (Row(None, number, row) for number, row in enumerate(rows, start=1))
-    source = _source_of(name, "hub data set", numbered, on_bad)
-    logger.info("%s", source)
-    return source
+    return Detected(name, file_type, first_format, num_records)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .json_files import is_one_document, json_document_rows, json_line_rows
 from .record import Row
@@ -23,19 +24,23 @@ JSON_SUFFIXES = (".jsonl", ".json")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
 
-def read_rows(path: Path) -> tuple[str, Iterator[Row]]:
+def read_rows(path: Path, file: BinaryIO) -> tuple[str, Iterator[Row]]:
     """The name of a file's type, and its rows.
+
+    Args:
+        path: whose ending says what it is.
+        file: the same, opened; it must stay so while the rows are read.
 
     Raises (also while the rows are read):
         ValueError: the file as a whole is malformed, or has no columns of use.
     """
     suffix = path.suffix.lower()
     if suffix == ".json" and is_one_document(path):
-        return "JSON", json_document_rows(path)
-    readers: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
+        return "JSON", json_document_rows(path, file)
+    readers: dict[str, tuple[str, Callable[[Path, BinaryIO], Iterator[Row]]]] = {
         ".csv": ("CSV", csv_rows),
         ".tsv": ("TSV", csv_rows),
         ".parquet": ("Parquet", parquet_rows),
     }
     name, reader = readers.get(suffix, ("JSON Lines", json_line_rows))
-    return name, reader(path)
+    return name, reader(path, file)

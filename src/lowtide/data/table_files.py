@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..log import get_logger
 from .formats import KNOWN_KEYS, LIST_KEYS, check_columns, shown
@@ -18,10 +18,10 @@ logger = get_logger(__name__)
 _ROWS_PER_BATCH = 1024
 
 
-def csv_rows(path: Path) -> Iterator[Row]:
+def csv_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     undecodable: list[ValueError] = []  # in the lines of the row that is being read
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(_decoded_lines(path, undecodable), delimiter=delimiter, strict=True)
+    reader = csv.reader(_decoded_lines(path, file, undecodable), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(2**31 - 1)  # the default, 131072 characters, is less than a long text
     try:
         header = _header(path, reader, undecodable, delimiter)
@@ -38,17 +38,16 @@ def csv_rows(path: Path) -> Iterator[Row]:
         csv.field_size_limit(limit)
 
 
-def _decoded_lines(path: Path, undecodable: list[ValueError]) -> Iterator[str]:
+def _decoded_lines(path: Path, file: BinaryIO, undecodable: list[ValueError]) -> Iterator[str]:
     offset = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                undecodable.append(not_utf8(f"{path}:{number}", raw, error.start, offset + error.start))
-                line = raw.decode("utf-8", "replace")
-            yield line.removeprefix("\ufeff") if number == 1 else line
-            offset += len(raw)
+    for number, raw in enumerate(file, start=1):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            undecodable.append(not_utf8(f"{path}:{number}", raw, error.start, offset + error.start))
+            line = raw.decode("utf-8", "replace")
+        yield line.removeprefix("\ufeff") if number == 1 else line
+        offset += len(raw)
 
 
 def _cells(path: Path, reader: Any) -> Iterator[list[str]]:
@@ -108,31 +107,30 @@ def _table_row(path: Path, line: int, number: int, header: list[str], cells: lis
     return row
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     import pyarrow  # it takes a while, and comes with datasets
     import pyarrow.parquet
 
     number = 0
-    with path.open("rb") as opened:
-        try:
-            file = pyarrow.parquet.ParquetFile(opened)
-            names = file.schema_arrow.names
-            check_columns(names, str(path))
-            others = [name for name in names if name not in KNOWN_KEYS]
-            if others:
-                logger.warning("%s: ignoring the keys %s", path, shown(others))
-            # Other columns are not even read: they may be embeddings or pictures.
-            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=[name for name in names if name in KNOWN_KEYS]):
-                for content in _python_rows(batch):
-                    number += 1
-                    place = where(str(path), None, number)
-                    wrong = ValueError(f"{place}: text that is not valid UTF-8; correct or remove this record")
-                    yield Row(None, number, wrong if content is None else content)
-        except (pyarrow.ArrowException, OSError) as error:
-            after = f" after row {number}" if number else ""
-            raise ValueError(
-                f"{path}: a Parquet file that cannot be read{after} ({_first_line(error)}); write or download it anew"
-            ) from None
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        check_columns(names, str(path))
+        others = [name for name in names if name not in KNOWN_KEYS]
+        if others:
+            logger.warning("%s: ignoring the keys %s", path, shown(others))
+        # Other columns are not even read: they may be embeddings or pictures.
+        for batch in table.iter_batches(_ROWS_PER_BATCH, columns=[name for name in names if name in KNOWN_KEYS]):
+            for content in _python_rows(batch):
+                number += 1
+                place = where(str(path), None, number)
+                wrong = ValueError(f"{place}: text that is not valid UTF-8; correct or remove this record")
+                yield Row(None, number, wrong if content is None else content)
+    except (pyarrow.ArrowException, OSError) as error:
+        after = f" after row {number}" if number else ""
+        raise ValueError(
+            f"{path}: a Parquet file that cannot be read{after} ({_first_line(error)}); write or download it anew"
+        ) from None
 
 
 def _python_rows(batch: Any) -> Iterator[dict[str, Any] | None]:

@@ -25,7 +25,6 @@ from .formats import alpaca_prompt
 from .record import Record
 
 IGNORED = -100
-_RECORDS_PER_CALL = 1024  # a call of a fast tokenizer is parallel over its texts; more at once only costs memory
 
 
 @dataclass(frozen=True)
@@ -36,56 +35,6 @@ class Example:
     labels: list[int]
 
 
-@dataclass(frozen=True)
-class TokenStats:
-    """Counts over the examples returned; ``num_truncated`` and ``num_dropped`` count examples.
-
-    Dropped are those without a trained token inside ``max_seq_len``; a dropped example is not counted as truncated.
-    """
-
-    num_records: int
-    num_tokens: int
-    num_trained_tokens: int
-    num_truncated: int
-    num_dropped: int
-
-
-def encode_records(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_seq_len: int, *, split_long: bool = True
-) -> tuple[list[Example], TokenStats]:
-    """Tokenise records into examples of at most ``max_seq_len`` tokens, in the order of the records.
-
-    A longer text becomes several examples with ``split_long`` (what packing wants): each begins with the last token of
-    the one before, so that every token but the very first is predicted exactly once. Without it a text keeps its start.
-    Longer prompt/completion and messages records are always cut at their end.
-
-    Raises:
-        ValueError: there are no records, or not one example has a trained token within ``max_seq_len``; the tokenizer
-            has no end-of-sequence token (text, prompt/completion), no chat template or no offsets (messages).
-    """
-    if not records:
-        raise ValueError("no records to encode")
-    if max_seq_len < 2:
-        raise ValueError(f"--max-seq-len must be at least 2 (a token and the one it predicts), got {max_seq_len}")
-    if tokenizer.chat_template is None:
-        records = [as_completion(record) for record in records]
-    whole = _encode_whole(records, tokenizer)
-    examples: list[Example] = []
-    num_truncated = num_dropped = 0
-    for record, record_examples in zip(records, whole, strict=True):
-        split = split_long and record.text is not None
-        for example in record_examples:
-            pieces = _cut(example, max_seq_len, split)
-            examples += pieces
-            num_dropped += not pieces
-            num_truncated += bool(pieces) and not split and len(example.input_ids) > max_seq_len
-    if not examples:
-        raise _nothing_to_train_on(records, whole, max_seq_len)
-    num_tokens = sum(len(example.input_ids) for example in examples)
-    num_trained = sum(len(example.labels) - example.labels.count(IGNORED) for example in examples)
-    return examples, TokenStats(len(records), num_tokens, num_trained, num_truncated, num_dropped)
-
-
 def as_completion(record: Record) -> Record:
     """An Alpaca record as prompt and completion in Alpaca's wording, for tokenizers without a chat template; another as it is."""
     if record.instruction is None or record.messages is None:
@@ -94,37 +43,18 @@ def as_completion(record: Record) -> Record:
     return dataclasses.replace(record, messages=None, instruction=None, prompt=prompt, completion=completion)
 
 
-def _nothing_to_train_on(records: Sequence[Record], whole: list[list[Example]], max_seq_len: int) -> ValueError:
-    # Number of tokens up to and with the first trained one, of every example that has one.
-    needed = [
-        first
-        for examples in whole
-        for example in examples
-        if (first := next((i for i, label in enumerate(example.labels, 1) if i > 1 and label != IGNORED), None))
-    ]
-    reason = (
-        f"within {max_seq_len} tokens; raise --max-seq-len (the shortest prompt needs {min(needed)} or more)"
-        if needed
-        else "at any length: they hold one token each, or the chat template leaves the assistant's turns out"
-    )
-    return ValueError(f"none of the {len(records)} records ({records[0].where}, ...) has a token to train on {reason}")
+def encode_whole(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    """For every record its examples, of any length; a fast tokenizer works on several at a time.
 
+    Of a text that comes in pieces, each is an example. Together they are that of the text, but that the first label of every
+    piece is -100.
 
-def _cut(example: Example, max_seq_len: int, split: bool) -> list[Example]:
-    """The example in one or more pieces that fit and have something to train on."""
-    length = len(example.input_ids)
-    starts = range(0, length - 1, max_seq_len - 1) if split else (0,)
-    pieces = []
-    for start in starts:
-        ids = example.input_ids[start : start + max_seq_len]
-        labels = [IGNORED, *example.labels[start + 1 : start + max_seq_len]]
-        if labels.count(IGNORED) < len(labels):
-            pieces.append(Example(ids, labels))
-    return pieces
-
-
-def _encode_whole(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
-    """For every record its examples, of any length."""
+    Raises:
+        ValueError: the tokenizer has no end-of-sequence token (text, prompt/completion), no chat template or no offsets
+            (messages).
+    """
+    if tokenizer.chat_template is None:
+        records = [as_completion(record) for record in records]
     by_encoder: dict[Callable[..., list[list[Example]]], list[int]] = {}
     for index, record in enumerate(records):
         encoder = (
@@ -133,18 +63,24 @@ def _encode_whole(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase)
         by_encoder.setdefault(encoder, []).append(index)
     encoded: list[list[Example]] = [[] for _ in records]
     for encoder, indices in by_encoder.items():
-        for start in range(0, len(indices), _RECORDS_PER_CALL):
-            some = indices[start : start + _RECORDS_PER_CALL]
-            for index, examples in zip(some, encoder([records[i] for i in some], tokenizer), strict=True):
-                encoded[index] = examples
+        for index, examples in zip(indices, encoder([records[i] for i in indices], tokenizer), strict=True):
+            encoded[index] = examples
     return encoded
 
 
 def _encode_texts(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
     eos = _eos(tokenizer, records[0])
-    encoded = _tokenize(tokenizer, [record.text or "" for record in records])["input_ids"]
-    closed = [_closed(ids, eos) for ids in encoded]
-    return [[Example(ids, [IGNORED, *ids[1:]])] for ids in closed]
+    whole = [record.text or "" for record in records if not record.continues]
+    encoded = iter(_tokenize(tokenizer, whole)["input_ids"] if whole else [])
+    examples = []
+    for record in records:
+        ids = _continuation(tokenizer, record.text or "")[0] if record.continues else next(encoded)
+        if not record.continued:
+            ids = _closed(ids, eos)
+        elif ids[-1:] == [eos]:  # the tokenizer has closed the first piece
+            ids = ids[:-1]
+        examples.append([Example(ids, [IGNORED, *ids[1:]])])
+    return examples
 
 
 def _encode_completions(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:

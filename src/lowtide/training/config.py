@@ -39,7 +39,7 @@ GROUPS = (MODEL_AND_DATA, OPTIMISATION, ADAPTERS, MEMORY, OUTPUT, SAFETY)
 
 # They may differ from those of the checkpoint that is resumed: the weights and losses are the same.
 FREE_TO_CHANGE = (
-    "output", "eval_every", "log_every", "weights", "clip_memory", "save_every", "keep_checkpoints", "on_save_error", "resume",
+    "output", "data_cache", "data_cache_size", "eval_every", "log_every", "weights", "clip_memory", "save_every", "keep_checkpoints", "on_save_error", "resume",
     "allow_changes", "max_bad_steps", "on_bad_steps", "trust_remote_code",
 )  # fmt: skip
 ABOUT_RESUMING = ("resume", "allow_changes")  # how a process began, not a setting of the run
@@ -122,6 +122,19 @@ class TrainConfig:
         "fill every sequence with several documents, without attention from one to the other, instead of padding each; "
         "default: packing for text, padding for messages and prompts",
         default=None,
+    )
+    data_cache: str | None = _option(
+        MODEL_AND_DATA,
+        "where tokenised data is kept for the next start, found again by its content: a directory, or none to keep it in memory; "
+        "default: $LOWTIDE_CACHE, or lowtide's folder in the user's cache directory",
+        metavar="DIR|none",
+        default=None,
+    )
+    data_cache_size: str = _option(
+        MODEL_AND_DATA,
+        "what is used longest ago is removed from that directory when it grows over this size",
+        metavar="SIZE",
+        default="20GiB",
     )
     trust_remote_code: bool = _option(
         MODEL_AND_DATA, "run the Python code that comes with the model; only for sources that you trust", default=False
@@ -329,6 +342,14 @@ class TrainConfig:
         return norm or None
 
     @property
+    def data_cache_size_bytes(self) -> int:
+        """``data_cache_size`` in bytes."""
+        try:
+            return parse_bytes(self.data_cache_size)
+        except ValueError as error:
+            raise ValueError(f"data_cache_size: {error}") from None
+
+    @property
     def clip_memory_bytes(self) -> int:
         """``clip_memory`` in bytes."""
         try:
@@ -361,6 +382,7 @@ class TrainConfig:
             )
         if self.clip == "adaptive" and self.effective_clip_grad_norm is None:
             raise ValueError("clip adaptive needs clip_grad_norm, the bound of its first steps: 1 is usual")
+        _ = self.data_cache_size_bytes  # raises if it is no size
         if self.clip_memory_bytes and (self.effective_clip_grad_norm is None or self.clip == "adaptive"):
             raise ValueError("clip_memory is for clip exact with a clip_grad_norm: leave it out")
 

@@ -174,7 +174,9 @@ def find_lr(
         stack.enter_context(
             nullcontext() if model is None else restored_afterwards(model, existing_folder(output.absolute().parent))
         )
-        sweep = _Sweep(prepare(tested, output, model), sweep_rates(start, end, num_steps), stop)
+        sweep = _Sweep(
+            prepare(tested, output, model, show_progress=show_progress), sweep_rates(start, end, num_steps), stop
+        )
         sweep.run.report.listeners.extend([] if on_event is None else [on_event])
         if show_progress:
             sweep.run.report.listeners.append(stack.enter_context(ConsoleProgress(log_every=config.log_every)))

@@ -22,11 +22,12 @@ from ..planning import computes_bfloat16
 from .adapters import make_adapters, make_optimizers, optimizer_state_bytes
 from .checkpoint import Checkpoint
 from .config import TrainConfig
+from .data import TrainData, find_data, load_data
 from .interrupt import StopAfterStep
 from .planned import Placement, place_as_set, plan_placement
 from .report import Reporter
 from .schedule import make_schedule
-from .setup import TrainData, check_disk, count_steps, encode_data, read_data, resolve_device
+from .setup import check_disk, count_steps, resolve_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,7 +121,12 @@ class Run:
 
 
 def prepare(
-    config: TrainConfig, output: Path, model: PreTrainedModel | None = None, *, checkpoint: Checkpoint | None = None
+    config: TrainConfig,
+    output: Path,
+    model: PreTrainedModel | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    show_progress: bool = False,
 ) -> Run:
     """Everything that can be refused, in order of its cost; nothing is written yet but a working copy of the weights.
 
@@ -129,6 +135,7 @@ def prepare(
         output: where the model will be saved.
         model: saves loading it.
         checkpoint: where to load model and tokenizer from, instead of what the settings say.
+        show_progress: of the data, while it is read and tokenised.
 
     Raises:
         What ``train`` raises before its first step.
@@ -138,7 +145,7 @@ def prepare(
         require_peft()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    records, held_out = read_data(config)
+    found = find_data(config)
     loaded = config
     if (
         checkpoint is not None
@@ -147,7 +154,7 @@ def prepare(
         loaded = dataclasses.replace(config, model=str(checkpoint.path), micro_batch_size=micro)
     trusted = config.trust_remote_code
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trusted)
-    data = encode_data(config, records, held_out, tokenizer)
+    data = load_data(config, tokenizer, found, show_progress=show_progress)
     placement = plan_placement(loaded, device, output) if config.weights == "auto" else place_as_set(config)
     dtype = parse_dtype(config.dtype)
     if model is None:

@@ -1,62 +1,22 @@
-"""Everything that happens before the first step: the output directory, the data, the device, the optimizer."""
+"""What happens before the first step: the output directory, the device, the optimizer; ``data.py`` has the data."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from ..data import (
-    Batches,
-    ChoiceItem,
-    Example,
-    Record,
-    TokenStats,
-    as_records,
-    encode_records,
-    load_superglue,
-    read_records,
-    split_held_out,
-)
-from ..data.superglue import HUB_ID, TaskData
-from ..log import get_logger
 from ..optim import AdaLomo, Lomo, PerParameter
 from ..units import format_bytes
 from ..weights.working_copy import MARKER
 from .checkpoint import FOLDER, list_checkpoints
 from .config import TrainConfig
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-_logger = get_logger(__name__)
-
-_SHOWN_BAD = 10  # records that are skipped are named one by one up to here
 _OWN_CACHE = "_lowtide_own_use_cache"  # attribute of a model whose cache is switched off
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainData:
-    """What a run trains on.
-
-    Attributes:
-        train: batches of the training sequences.
-        held_out: batches of the held-out sequences, always in the same order; None when nothing is evaluated.
-        stats: counts of the training data, with the passages that were held out of it, if any.
-        choices: held-out questions of a task, of which the accuracy is measured, too.
-    """
-
-    train: Batches
-    held_out: Batches | None
-    stats: TokenStats
-    choices: Sequence[ChoiceItem] = ()
 
 
 def check_output(output: str | Path, *, resumed: bool = False) -> Path:
@@ -186,100 +146,6 @@ def resolve_device(name: str) -> str:
     if kind == "cuda" and int(index or 0) >= num_gpus:
         raise ValueError(f"device {name} is not there: torch sees {num_gpus} GPUs on this machine; use cpu or auto")
     return name
-
-
-def read_data(config: TrainConfig) -> tuple[list[Record], list[Record]]:
-    """The training records and the held-out ones.
-
-    The latter are empty when nothing is to be evaluated, and when the data is a few long texts, of which
-    ``encode_data`` then holds out passages instead of whole texts.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing, malformed or empty, or there are too few records to hold out.
-    """
-    if config.task is not None:
-        items = read_task(config.task, config.data[0], config.seed)
-        return as_records(items.train, config.task), as_records(items.dev, f"{config.task} (dev)")
-    records = _read(config, config.data)
-    if config.eval_data is not None:
-        return records, _read(config, config.eval_data)
-    if config.eval_fraction == 0 or _holds_out_passages(config, records):
-        return records, []
-    if len(records) < 2:
-        raise ValueError(
-            f"{records[0].source} has a single record, so none can be held out: add data, give eval_data, or set "
-            "eval_fraction to 0"
-        )
-    return split_held_out(records, config.eval_fraction, config.seed)
-
-
-def read_task(task: str, data: str, seed: int) -> TaskData:
-    """The items of a task such as superglue/rte, from a directory or the hub.
-
-    Raises:
-        ValueError, FileNotFoundError, ConnectionError: there is no such task, or its files are missing or malformed.
-    """
-    return load_superglue(task.removeprefix("superglue/"), None if data == HUB_ID else data, seed=seed)
-
-
-def _read(config: TrainConfig, paths: Sequence[str]) -> list[Record]:
-    bad: list[ValueError] = []
-    records = read_records(paths, bad.append if config.bad_records == "skip" else None)
-    for error in bad[:_SHOWN_BAD]:
-        _logger.warning("skipped: %s", error)
-    if bad:
-        more = f" (the first {_SHOWN_BAD} are named above)" if len(bad) > _SHOWN_BAD else ""
-        _logger.warning("%d of %d records were skipped%s", len(bad), len(bad) + len(records), more)
-    return records
-
-
-def encode_data(
-    config: TrainConfig, records: Sequence[Record], held_out: Sequence[Record], tokenizer: PreTrainedTokenizerBase
-) -> TrainData:
-    """Tokenize what ``read_data`` returned and cut it into batches.
-
-    Raises:
-        ValueError: nothing is left to train on or to evaluate, or the tokenizer cannot express the records.
-    """
-    packing = config.packing
-    if packing is None:
-        packing = all(record.text is not None for record in records)
-    known_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-
-    def batches(examples: Sequence[Example], batch_size: int, shuffle: bool) -> Batches:
-        return Batches(
-            examples,
-            batch_size=batch_size,
-            max_seq_len=config.max_seq_len,
-            # padding is masked and never counted, so any token will do
-            pad_token_id=next((token for token in known_ids if token is not None), 0),
-            packing=packing,
-            seed=config.seed,
-            shuffle=shuffle,
-        )
-
-    examples, stats = encode_records(records, tokenizer, config.max_seq_len)
-    held_out_examples: list[Example] = []
-    if held_out:
-        held_out_examples, _ = encode_records(held_out, tokenizer, config.max_seq_len)
-    elif config.eval_data is None and config.eval_fraction > 0:
-        if len(examples) < 2:
-            raise ValueError(
-                f"{records[0].source} is too short to hold a part of it out: add data, give eval_data, set "
-                "eval_fraction to 0 or lower max_seq_len"
-            )
-        examples, held_out_examples = split_held_out(examples, config.eval_fraction, config.seed)
-    train = batches(examples, config.batch_size, shuffle=True)
-    if not held_out_examples:
-        return TrainData(train, None, stats)
-    choices = () if config.task is None else read_task(config.task, config.data[0], config.seed).dev
-    held_out_batches = batches(held_out_examples, config.micro_batch_size or config.batch_size, False)
-    return TrainData(train, held_out_batches, stats, choices)
-
-
-def _holds_out_passages(config: TrainConfig, records: Sequence[Record]) -> bool:
-    """Texts too few for the wanted share of them: one whole book of three would be far more than 5 %."""
-    return len(records) * config.eval_fraction < 1 and all(record.text is not None for record in records)
 
 
 def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:

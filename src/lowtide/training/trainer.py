@@ -161,7 +161,7 @@ def _run(
         skip_to: after a rollback, the batch of the data to go on with; what the log has of the bad steps stays there.
         others: as in :func:`train`.
     """
-    run = prepare(config, output, checkpoint=checkpoint)
+    run = prepare(config, output, checkpoint=checkpoint, show_progress=show_progress)
     with ExitStack() as stack:
         # After an error the working copy may be all that is left of the weights; a rollback has a checkpoint.
         stack.push(lambda kind, *_: run.engine.remove(keep_copy=kind not in (None, RollBack)))

@@ -1,0 +1,145 @@
+"""The token cache: what was tokenised once is there at the next start, found by what it was made of.
+
+The key of an entry is a hash over the content of the data, the tokenizer with its chat template, and every setting that changes the
+examples. So an entry is never out of date; one that is not used any more is removed when the cache grows over its limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .. import __version__
+from ..log import get_logger
+from ..units import GIB
+from .inputs import Input
+from .store import TokenStore
+
+_logger = get_logger(__name__)
+
+_FORMAT = 1  # to be raised by every change of what examples are made of records
+_UNFINISHED = ".unfinished-"
+_STALE_S = 24 * 3600.0  # an unfinished entry as old as this belongs to no living process
+
+
+def default_cache_folder() -> Path:
+    """$LOWTIDE_CACHE, or lowtide's folder in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("LOWTIDE_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "lowtide"
+
+
+def content_key(inputs: Sequence[Input], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str:
+    """Hash of everything that decides what examples are made.
+
+    Args:
+        inputs: the data, of which every byte is read.
+        tokenizer: what encodes it.
+        settings: the rest, plain values.
+    """
+    parts: dict[str, Any] = {
+        "format": _FORMAT,
+        "data": [each.digest() for each in inputs],
+        "tokenizer": _tokenizer_facts(tokenizer),
+        "versions": [__version__, *(version(name) for name in ("transformers", "tokenizers"))],
+        **settings,
+    }
+    if "strftime_now" in str(tokenizer.chat_template):  # the template writes the date into what it renders
+        parts["date"] = datetime.date.today().isoformat()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+
+
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    settings = {
+        name: value for name, value in tokenizer.init_kwargs.items() if not name.endswith(("_file", "name_or_path"))
+    }
+    return [type(tokenizer).__name__, backend, tokenizer.chat_template, tokenizer.special_tokens_map, settings]
+
+
+class TokenCache:
+    """Token stores of earlier starts, in a folder that any number of processes may use at once.
+
+    Args:
+        folder: where; it is made when something is kept.
+        limit_bytes: entries used longest ago are removed until the rest, the newest one aside, fits.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int = 20 * GIB) -> None:
+        self.folder = folder / "tokens"
+        self.limit_bytes = limit_bytes
+
+    def find(self, key: str) -> TokenStore | None:
+        """The store of this key, if it is there and whole."""
+        folder = self.folder / key
+        if not folder.is_dir():
+            return None
+        try:
+            store = TokenStore.open(folder)
+            os.utime(folder)  # used now
+        except (ValueError, KeyError, OSError) as error:
+            _logger.warning("%s cannot be used (%s); the data is tokenised anew", folder, error)
+            return None
+        return store
+
+    def new_folder(self) -> Path:
+        """Where a store can be written before it is kept; not made yet.
+
+        Raises:
+            OSError: the folder of the cache cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._remove_stale()
+        return Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder)) / "store"
+
+    def keep(self, written: Path, key: str) -> TokenStore:
+        """Take in what was written in :meth:`new_folder`; removes what has not been used for longest, if there is too much."""
+        folder = self.folder / key
+        if folder.exists():  # by another process meanwhile, or damaged
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was faster: that is the same
+            written.rename(folder)
+        self.discard(written)
+        store = TokenStore.open(folder)
+        self._shrink(folder)
+        return store
+
+    def discard(self, written: Path) -> None:
+        """Remove what was written in :meth:`new_folder`."""
+        shutil.rmtree(written.parent, ignore_errors=True)
+
+    def _shrink(self, newest: Path) -> None:
+        entries = sorted((path.stat().st_mtime, path) for path in self.folder.iterdir() if _is_entry(path))
+        sizes = {path: sum(each.stat().st_size for each in path.iterdir()) for _, path in entries}
+        total = sum(sizes.values())
+        for _, path in entries:
+            if total <= self.limit_bytes:
+                return
+            if path != newest:
+                # A process that has it mapped keeps it: the files are gone when it lets go of them.
+                _logger.info("removing %s from the cache of tokens", path)
+                shutil.rmtree(path, ignore_errors=True)
+                total -= sizes[path]
+
+    def _remove_stale(self) -> None:
+        for path in self.folder.glob(f"{_UNFINISHED}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_entry(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(_UNFINISHED)
