@@ -67,7 +67,7 @@ def test_it_is_what_training_sees(lowtide, model_dir, chat_file):
     assert counts["trained on"] == f"{stats.num_trained_tokens} ({share:.1%} of the tokens)"
     assert counts["truncated"].startswith("0 ") and counts["dropped"].startswith("0 ")
     assert counts["steps"] == "1 in an epoch, 8 sequences each"
-    longest = max(len(example.input_ids) for example in examples)
+    longest = -(-max(len(example.input_ids) for example in examples) // 8) * 8
     assert counts["padding"] == f"{1 - stats.num_tokens / (2 * longest):.1%} of all positions (padded in batches of 8)"
 
 

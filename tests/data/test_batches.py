@@ -98,13 +98,22 @@ def test_padding_keeps_every_example_once(lengths, batch_size, seed):
     kept = []
     for batch in all_batches:
         assert set(batch) == {"input_ids", "labels", "attention_mask"}
-        assert batch["input_ids"].shape[1] == batch["attention_mask"].sum(1).max()
+        longest = int(batch["attention_mask"].sum(1).max())
+        assert batch["input_ids"].shape[1] == min(-(-longest // 8) * 8, MAX_SEQ_LEN)
         for ids, labels, mask in zip(*batch.values(), strict=True):
             length = int(mask.sum())
             assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
             assert set(ids[length:].tolist()) <= {PAD} and set(labels[length:].tolist()) <= {-100}
             kept.append(Example(ids[:length].tolist(), labels[:length].tolist()))
     assert sorted(kept, key=lambda item: item.input_ids) == examples
+
+
+def test_padding_stops_at_the_longest_that_is_allowed():
+    shapes = [
+        next(make([example(length)], packing=False, max_seq_len=11).epoch(0))["input_ids"].shape[1]
+        for length in (2, 8, 9, 11)
+    ]
+    assert shapes == [8, 8, 11, 11]
 
 
 def test_the_first_label_of_a_document_is_not_trained_on():

@@ -28,12 +28,17 @@ from .tokens import IGNORED, Example
 
 T = TypeVar("T")
 
+# Padded rows are as long as a multiple of this. Matrix units want it, and libraries (oneDNN) keep code for every shape they have met:
+# several megabytes for each length of a batch.
+_MULTIPLE = 8
+
 
 class Batches:
     """The batches of every epoch.
 
     Packed: S = ``max_seq_len``, and the number of sequences is the same in every epoch, because it depends on the
-    lengths alone. Padded: one example a row, S = the longest of the batch. The last batch may have fewer than
+    lengths alone. Padded: one example a row, S = the longest of the batch, rounded up to
+    a multiple of 8 where ``max_seq_len`` allows it. The last batch may have fewer than
     ``batch_size`` rows.
 
     Raises:
@@ -82,7 +87,7 @@ class Batches:
             rows = self._chosen.lengths[examples[order]]
             firsts = numpy.arange(0, num_sequences, self.batch_size)
             sizes = numpy.diff(numpy.append(firsts, num_sequences))
-            num_positions = int((numpy.maximum.reduceat(rows, firsts) * sizes).sum(dtype=numpy.int64))
+            num_positions = int((self._padded(numpy.maximum.reduceat(rows, firsts)) * sizes).sum(dtype=numpy.int64))
         return 1 - int(self._chosen.lengths.sum(dtype=numpy.int64)) / num_positions
 
     @property
@@ -113,6 +118,10 @@ class Batches:
         examples[numpy.argsort(self._plan, kind="stable")] = by_length
         return examples, self._order(num_sequences, f"{self.seed}/{epoch}/sequences")
 
+    def _padded(self, longest: Ints) -> Ints:
+        """How long the rows of batches with examples this long are."""
+        return numpy.minimum(-(-longest.astype(numpy.int64) // _MULTIPLE) * _MULTIPLE, self.max_seq_len)
+
     def _order(self, number: int, what: str) -> Ints:
         """The numbers below ``number``, in an order that ``what`` decides, today and in any later version of anything."""
         if not self.shuffle:
@@ -122,7 +131,7 @@ class Batches:
 
     def _batch(self, sequences: list[list[int]]) -> dict[str, Tensor]:
         longest = max(int(self._chosen.lengths[number]) for sequence in sequences for number in sequence)
-        shape = (len(sequences), self.max_seq_len if self.packing else longest)
+        shape = (len(sequences), self.max_seq_len if self.packing else int(self._padded(numpy.array(longest))))
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORED)
         position_ids = torch.empty(shape, dtype=torch.int64)
