@@ -3,8 +3,8 @@
 Packed sequences hold several whole examples each. ``position_ids`` restart at 0 with every example; transformers builds
 the block-diagonal attention mask from that, so that no example attends to another. Two conditions of transformers
 (5.23): the model must run without a cache (``model.config.use_cache = False``; with one the mask is plain causal and
-examples leak into each other), and attention is "sdpa", "eager" or "flex_attention" ("flash_attention_2" looks at
-batches of one row only).
+examples leak into each other), and attention is "sdpa", "eager" or "flex_attention"; those that are called flash tell documents
+apart in a batch of one row only (see ``TrainConfig.rows_at_once``).
 
 Shapes: B rows of a batch, S positions of a row.
 """

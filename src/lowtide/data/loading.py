@@ -63,7 +63,7 @@ def load_tokens(
 
     ``info`` of the store has "only_text", "first" (the source of the first record), "detected" (as :class:`Detected`), "num_bad", the
     number of records left out, and "bad", what was wrong with the first of them. With a cache, memory use does not grow with
-    the size of the data but for about 20 bytes an example.
+    the size of the data but for some 200 bytes an example.
 
     Args:
         inputs: what to read, from :func:`find_inputs`.

@@ -2,7 +2,7 @@
 
 from .blocks import find_blocks, resolve_blocks
 from .chunked_loss import ChunkedLoss, causal_lm_loss
-from .hub import load_config, load_model, load_tokenizer, parse_dtype, save_model
+from .hub import load_config, load_model, load_tokenizer, parse_dtype, save_model, set_attention
 from .lora import Adapters, add_lora
 from .loss import linear_cross_entropy
 
@@ -19,4 +19,5 @@ __all__ = [
     "parse_dtype",
     "resolve_blocks",
     "save_model",
+    "set_attention",
 ]

@@ -22,7 +22,7 @@ from .saving import save_model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "parse_dtype", "save_model"]
+__all__ = ["load_config", "load_model", "load_tokenizer", "parse_dtype", "save_model", "set_attention"]
 
 _logger = get_logger(__name__)
 
@@ -106,6 +106,24 @@ def load_model(
         model, info = _load_weights(name, source, config, dtype, device, trust_remote_code)
     _check_complete(name, info)
     return model if adapters is None else merge_saved(model, adapters)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Choose how a model computes attention.
+
+    Args:
+        model: the model.
+        name: as transformers has it: "sdpa", "eager", "flash_attention_2", ...
+
+    Raises:
+        ValueError: the model has no such implementation, or it is not installed.
+    """
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"attention {name} cannot be used: {first_line(error)}; leave it out, or install it"
+        ) from error
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -6,8 +6,6 @@ This file imports neither torch nor transformers, so that ``lowtide train --help
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ CLIPS = ("exact", "adaptive")
 BAD_RECORDS = ("refuse", "skip")
 ON_SAVE_ERROR = ("continue", "stop")
 ON_BAD_STEPS = ("stop", "rollback")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 
 # The same rates serve float32 and 16-bit weights, because 16-bit weights are rounded stochastically: an update that is
@@ -248,6 +247,13 @@ class TrainConfig:
         default="0",
         metavar="SIZE",
     )
+    attention: str | None = _option(
+        MEMORY,
+        "how attention is computed, in the words of transformers; default: its choice, mostly sdpa. The flash ones have to be installed, "
+        "and take packed sequences one at a time (micro_batch_size 1)",
+        ATTENTIONS,
+        default=None,
+    )
     device: str = _option(MEMORY, "auto (the GPU if there is one), cpu, cuda or cuda:N", default="auto")
     threads: int | None = _option(MEMORY, "processor threads for the computation; default: torch decides", default=None)
 
@@ -357,145 +363,32 @@ class TrainConfig:
         except ValueError as error:
             raise ValueError(f"clip_memory: {error}") from None
 
+    def rows_at_once(self, packing: bool) -> int | None:
+        """``micro_batch_size``; 1 if sequences are packed for flash attention, which transformers lets see documents in a single row only.
+
+        Raises:
+            ValueError: another one is set.
+        """
+        if not packing or "flash" not in (self.attention or ""):
+            return self.micro_batch_size
+        if self.micro_batch_size not in (None, 1):
+            raise ValueError(
+                f"with attention {self.attention} packed sequences go through a layer one at a time, or documents would see each other: set "
+                f"micro_batch_size to 1 instead of {self.micro_batch_size}, or packing to false"
+            )
+        return 1
+
     def validate(self) -> None:
         """Check every field on its own and the combinations.
 
         Raises:
             ValueError: a value that cannot work; the message starts with the field's name.
         """
-        _check_present(self)
-        _check_task(self)
-        _check_choices(self)
-        _check_ranges(self)
-        _check_adapters(self)
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(
-                f"micro_batch_size must not be larger than batch_size ({self.batch_size}), got {self.micro_batch_size}"
-            )
-        if self.save_every is not None and (self.save_steps == 0 or self.save_seconds == 0):
-            raise ValueError("save_every must be at least one step, or a time above 0")
-        if self.on_bad_steps == "rollback" and self.save_every is None:
-            raise ValueError("on_bad_steps rollback needs checkpoints to go back to: set save_every")
-        if self.rounding in ("stochastic", "compensated") and self.dtype in ("float32", "fp32"):
-            raise ValueError(
-                f"rounding {self.rounding} is for 16-bit weights and means nothing for dtype float32: leave it out"
-            )
-        if self.clip == "adaptive" and self.effective_clip_grad_norm is None:
-            raise ValueError("clip adaptive needs clip_grad_norm, the bound of its first steps: 1 is usual")
-        _ = self.data_cache_size_bytes  # raises if it is no size
-        if self.clip_memory_bytes and (self.effective_clip_grad_norm is None or self.clip == "adaptive"):
-            raise ValueError("clip_memory is for clip exact with a clip_grad_norm: leave it out")
+        from .config_checks import check
+
+        check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON can hold them; ``TrainConfig(**config.to_dict())`` is the same again."""
         values = dataclasses.asdict(self)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
-
-def _check_present(config: TrainConfig) -> None:
-    for name in ("model", "output"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must not be empty")
-    for name in ("data", "eval_data", "lora_targets"):
-        paths = getattr(config, name)
-        if isinstance(paths, str):
-            setattr(config, name, [paths])
-        elif paths is not None and not all(paths):
-            raise ValueError(f"{name} must not contain an empty {'name' if name == 'lora_targets' else 'path'}")
-    if not config.data:
-        raise ValueError("data must name at least one file")
-    if config.eval_data is not None and not config.eval_data:
-        raise ValueError("eval_data must name at least one file, or be left out")
-    if config.lora_targets is not None and not config.lora_targets:
-        raise ValueError("lora_targets must name at least one layer, or be left out")
-
-
-def _check_task(config: TrainConfig) -> None:
-    if config.task is None:
-        return
-    if not config.task.startswith("superglue/"):
-        raise ValueError(f"task must be superglue/ and a name, as in superglue/rte, got {config.task!r}")
-    if len(config.data) != 1 or config.eval_data is not None:
-        raise ValueError("task needs data to be one directory, and no eval_data: what is held out is part of the task")
-
-
-def _check_choices(config: TrainConfig) -> None:
-    for name, allowed in (
-        ("optimizer", OPTIMIZERS),
-        ("schedule", SCHEDULES),
-        ("dtype", DTYPES),
-        ("clip", CLIPS),
-        ("bad_records", BAD_RECORDS),
-        ("on_save_error", ON_SAVE_ERROR),
-        ("on_bad_steps", ON_BAD_STEPS),
-        ("rounding", (*ROUNDINGS, None)),
-    ):
-        value = getattr(config, name)
-        if value not in allowed:
-            words = [word for word in allowed if word is not None]
-            nearest = difflib.get_close_matches(str(value), words, n=1)
-            hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-            raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}{hint}")
-    places = ("device", "cpu", "auto")
-    if config.weights not in places and os.sep not in config.weights and not os.path.isdir(config.weights):
-        raise ValueError(
-            f"weights must be device, cpu, auto, or a directory with a separator in its name, as ./{config.weights or 'NAME'}, got "
-            f"{config.weights!r}"
-        )
-    kind, _, index = config.device.partition(":")
-    if not (config.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdigit())):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}")
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    counts = (
-        "batch_size",
-        "micro_batch_size",
-        "max_steps",
-        "epochs",
-        "eval_every",
-        "log_every",
-        "threads",
-        "clip_warmup_steps",
-        "keep_checkpoints",
-        "max_bad_steps",
-        "lora_alpha",
-    )
-    for name, least in [*((name, 1) for name in counts), ("max_seq_len", 2), ("seed", 0), ("lora_rank", 0)]:
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    norm = config.clip_grad_norm
-    if norm is not None and not 0 <= norm < float("inf"):
-        raise ValueError(f"clip_grad_norm must be a number above 0, or 0 for no limit, got {norm}")
-    for name in ("lr", "lora_lr", "clip_grad_value"):
-        value = getattr(config, name)
-        # written so that NaN fails too
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a number above 0, got {value}")
-    if config.spike_factor is not None and not 1 < config.spike_factor < float("inf"):
-        raise ValueError(f"spike_factor must be a number above 1, got {config.spike_factor}")
-    if not 0 <= config.weight_decay < float("inf"):
-        raise ValueError(f"weight_decay must be 0 or more, got {config.weight_decay}")
-    for name in ("eval_fraction", "warmup_ratio", "lora_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(config, name)}")
-
-
-def _check_adapters(config: TrainConfig) -> None:
-    if not config.lora_rank:
-        for field in dataclasses.fields(config):
-            if field.metadata["group"] == ADAPTERS and getattr(config, field.name) != field.default:
-                raise ValueError(f"{field.name} means nothing without adapters: set lora_rank")
-        return
-    if config.weights != "device":
-        raise ValueError(
-            f"lora_rank needs weights device, got {config.weights!r}: neither other homes nor the planner know adapters"
-        )
-    if config.lora_only:
-        for name in ("lr", "rounding"):
-            if getattr(config, name) is not None:
-                instead = "; the rate of the adapters is lora_lr" if name == "lr" else ""
-                raise ValueError(
-                    f"{name} is of the model's own weights, which lora_only freezes: leave it out{instead}"
-                )

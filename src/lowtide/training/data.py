@@ -201,6 +201,8 @@ def _batches(
     choices: Sequence[ChoiceItem] = (),
     num_skipped: int = 0,
 ) -> TrainData:
+    packing = only_text if config.packing is None else config.packing
+    rows = config.rows_at_once(packing)
     known_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
 
     def batches(chosen: Selection, batch_size: int, shuffle: bool) -> Batches:
@@ -210,12 +212,12 @@ def _batches(
             max_seq_len=config.max_seq_len,
             # padding is masked and never counted, so any token will do
             pad_token_id=next((token for token in known_ids if token is not None), 0),
-            packing=only_text if config.packing is None else config.packing,
+            packing=packing,
             seed=config.seed,
             shuffle=shuffle,
         )
 
     evaluated = None
     if held_out is not None:
-        evaluated = batches(held_out, config.micro_batch_size or config.batch_size, False)
+        evaluated = batches(held_out, rows or config.batch_size, False)
     return TrainData(batches(train, config.batch_size, True), evaluated, stats or train.stats(), choices, num_skipped)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..evaluation import LossResult, choice_accuracies, evaluate_loss
 from ..fusing import fuse
 from ..log import get_logger
-from ..models import Adapters, load_model, load_tokenizer, parse_dtype
+from ..models import Adapters, load_model, load_tokenizer, parse_dtype, set_attention
 from ..models.lora import require_peft
 from ..planning import computes_bfloat16
 from .adapters import make_adapters, make_optimizers, optimizer_state_bytes
@@ -155,6 +155,9 @@ def prepare(
     trusted = config.trust_remote_code
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trusted)
     data = load_data(config, tokenizer, found, show_progress=show_progress)
+    config, loaded = (
+        dataclasses.replace(each, micro_batch_size=each.rows_at_once(data.train.packing)) for each in (config, loaded)
+    )
     placement = plan_placement(loaded, device, output) if config.weights == "auto" else place_as_set(config)
     dtype = parse_dtype(config.dtype)
     if model is None:
@@ -163,6 +166,8 @@ def prepare(
             loaded.model, dtype=dtype, device=where, trust_remote_code=trusted, lazy=placement.streamed,
             merge_adapters=checkpoint is None,
         )  # fmt: skip
+    if config.attention is not None:
+        set_attention(model, config.attention)
     torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
     adapters = make_adapters(config, model, checkpoint)
     state = optimizer_state_bytes(config, model, adapters)
