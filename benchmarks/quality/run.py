@@ -153,7 +153,9 @@ def train_lowtide(
         clip_grad_norm=1.0, device="cpu", optimizer="adalomo" if method.startswith("adalomo") else "lomo", lr=None if method == "lora" else lr,
         lora_only=method == "lora", **adapters,
     )  # fmt: skip
-    result = train(config, show_progress=False)
+    ends = getattr(options, "step_ends", [])
+    on_event = lambda event: ends.append(time.perf_counter()) if event["event"] == "train" else None  # noqa: E731
+    result = train(config, on_event=on_event, show_progress=False)
     return lambda: load_model(str(result.model_dir), dtype=torch.float32)
 
 
@@ -191,6 +193,7 @@ def train_plain(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        getattr(options, "step_ends", []).append(time.perf_counter())
     model.config.use_cache = True
     return lambda: model
 
