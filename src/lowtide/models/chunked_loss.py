@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -67,7 +68,12 @@ class ChunkedLoss:
 
     def install(self) -> None:
         """Use this loss whenever the model is called with labels in training."""
-        self.model.forward = self._forward
+
+        @functools.wraps(self.original)  # the Trainer looks at the arguments, to leave out columns that are none
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        self.model.forward = forward
 
     def remove(self) -> None:
         """The model's own forward again."""
