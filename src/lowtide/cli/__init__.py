@@ -43,6 +43,11 @@ COMMANDS = {
         "Generate text with a model, streamed to the terminal. Without --prompt and --chat the prompt is read from\n"
         "standard input.",
     ),
+    "doctor": (
+        "say what this machine has and which models that allows",
+        "Look at the software, processor, memory, GPUs and disk, and work out which sizes of model could be trained here,\n"
+        "where their weights would live and how long a step would take.",
+    ),
     "demo": (
         "see it work: fine-tune a small real model in a few minutes",
         "Fine-tune a small pretrained model, offline and without a GPU, and show what it learned and what memory it\n"
