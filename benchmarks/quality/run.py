@@ -2,7 +2,7 @@
 
     python benchmarks/quality/run.py --task trec                   everything that is missing for one task, hours on two cores
     python benchmarks/quality/run.py --task trec --method adalomo  one method
-    python benchmarks/quality/run.py --table                       what there is so far, as a table
+    python benchmarks/quality/run.py --plot docs/images/quality.svg    what there is so far, as a table and a picture
 
 For every method each rate of a stated grid is tried with seed 0 and judged on the dev split; while the best one is at an end of the grid,
 the grid grows there, by a factor of two and at most twice. The best rate is run with all seeds. What the table shows is measured on the
@@ -29,7 +29,6 @@ import os
 import platform
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -275,31 +274,6 @@ def rows_of(options: argparse.Namespace, task: str, method: str) -> list[dict[st
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def table(options: argparse.Namespace) -> str:
-    """Mean and standard deviation over seeds, Markdown; memory is what the process took above its imports."""
-    lines = [
-        "| task | method | rate | accuracy, % | seeds | always the most frequent | peak memory, GB | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for task in TASKS:
-        for method in GRID:
-            if not rows_of(options, task, method):
-                continue
-            best = best_rate(task, method, options)
-            rows = [row for row in rows_of(options, task, method) if float(row["lr"]) == best]
-            scores = [100 * float(row["test_accuracy"]) for row in rows]
-            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            peaks = [
-                (int(row["peak_bytes"]) - int(row["baseline_bytes"])) / 1e9 for row in rows if row["peak_bytes"] != "0"
-            ]
-            lines.append(
-                f"| {task} | {method} | {float(rows[0]['lr']):g} | {statistics.mean(scores):.1f}{spread} | {len(rows)} | "
-                f"{100 * float(rows[0]['majority']):.1f} | {f'{max(peaks):.2f}' if peaks else ''} | "
-                f"{statistics.median(float(row['train_s']) for row in rows):.0f} |"
-            )
-    return "\n".join(lines)
-
-
 def facts() -> dict[str, str]:
     """Of the machine and the code."""
     commit = subprocess.run(
@@ -328,19 +302,24 @@ def main() -> None:
         "--work", type=Path, default=Path(tempfile.gettempdir()), help="for models, which are removed again"
     )
     parser.add_argument("--table", action="store_true", help="print what there is")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="the same, and draw it into an SVG file")
     parser.add_argument("--one", nargs=4, metavar=("TASK", "METHOD", "LR", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         task, method, lr, seed = options.one
         print(json.dumps(run_one(task, method, float(lr), int(seed), options)))
         return
-    if not options.table:
+    if not (options.table or options.plot):
         if shutil.disk_usage(options.work).free < 3e9:
             sys.exit(f"{options.work} has less than 3 GB free: name another folder with --work")
         for task in options.task:
             for method in options.method:
                 compare(task, method, options)
+    from summary import plot, table
+
     print(table(options))
+    if options.plot is not None:
+        plot(options, options.plot)
 
 
 if __name__ == "__main__":

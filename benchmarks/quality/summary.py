@@ -1,0 +1,134 @@
+"""The results of run.py and cost.py as a table and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from cost import costs_of
+from run import GRID, TASKS, best_rate, rows_of
+
+LEARNT_ERRORS = 2.0  # a task is learnable if AdamW beats the most frequent answer by so many standard errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One method on one task.
+
+    Attributes:
+        lr: the best rate.
+        scores: test accuracy of every seed, in percent.
+        majority: accuracy of the most frequent answer, in percent.
+        num_test: questions.
+        peak: bytes above the baseline, or None.
+        step_s: seconds a step, or None.
+    """
+
+    task: str
+    method: str
+    lr: float
+    scores: list[float]
+    majority: float
+    num_test: int
+    peak: float | None
+    step_s: float | None
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.scores)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+
+def results(options: argparse.Namespace) -> Iterator[Result]:
+    """All that have a row, task by task."""
+    for task in TASKS:
+        costs = costs_of(task)
+        for method in GRID:
+            if not rows_of(options, task, method):
+                continue
+            best = best_rate(task, method, options)
+            rows = [row for row in rows_of(options, task, method) if float(row["lr"]) == best]
+            scores = [100 * float(row["test_accuracy"]) for row in rows]
+            peak, seconds = costs.get(method, (None, None))
+            majority, number = 100 * float(rows[0]["majority"]), int(rows[0]["num_test"])
+            yield Result(task, method, best, scores, majority, number, peak, seconds)
+
+
+def learnable(found: list[Result], task: str) -> bool:
+    """Whether AdamW, in all seeds there are together, is better than always the most frequent answer."""
+    for each in found:
+        if (each.task, each.method) == (task, "adamw"):
+            share = each.mean / 100
+            error = 100 * (share * (1 - share) / each.num_test) ** 0.5
+            return each.mean > each.majority + LEARNT_ERRORS * error
+    return False
+
+
+def table(options: argparse.Namespace) -> str:
+    """Mean and standard deviation over seeds, Markdown."""
+    found = list(results(options))
+    lines = [
+        "| task | method | rate | accuracy, % | seeds | most frequent answer | memory, GB | of AdamW's | s a step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for each in found:
+        adamw = next((r.peak for r in found if (r.task, r.method) == (each.task, "adamw")), None)
+        spread = "" if each.spread is None else f" ± {each.spread:.1f}"
+        memory = "" if each.peak is None else f"{each.peak / 1e9:.2f}"
+        share = "" if each.peak is None or adamw is None else f"{each.peak / adamw:.0%}"
+        seconds = "" if each.step_s is None else f"{each.step_s:.2f}"
+        lines.append(
+            f"| {each.task} | {each.method} | {each.lr:g} | {each.mean:.1f}{spread} | {len(each.scores)} | {each.majority:.1f} | {memory} | "
+            f"{share} | {seconds} |"
+        )
+    tasks = dict.fromkeys(each.task for each in found)
+    lines += ["", f"Learnt by AdamW: {', '.join(task for task in tasks if learnable(found, task)) or 'none'}. Not learnt: "
+              f"{', '.join(task for task in tasks if not learnable(found, task)) or 'none'}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def plot(options: argparse.Namespace, path: Path) -> None:
+    """Accuracy over memory, a panel for each task with more than one seed."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    found = [each for each in results(options) if each.spread is not None and each.peak is not None]
+    tasks = list(dict.fromkeys(each.task for each in found))
+    if not tasks:
+        raise SystemExit("no task has several seeds and a measured cost yet: nothing to draw")
+    figure = Figure(figsize=(6.4 * len(tasks), 4.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    for number, task in enumerate(tasks, start=1):
+        axes = figure.add_subplot(1, len(tasks), number)
+        for each in (each for each in found if each.task == task):
+            adamw = each.method == "adamw"
+            colour = (
+                "black"
+                if adamw
+                else "tab:orange"
+                if "lora" in each.method
+                else "tab:blue"
+                if "lomo" in each.method
+                else "grey"
+            )
+            axes.errorbar(each.peak / 1e9, each.mean, each.spread, fmt="s" if adamw else "o", color=colour, capsize=3)
+            axes.annotate(
+                each.method, (each.peak / 1e9, each.mean), xytext=(6, 5), textcoords="offset points", fontsize=9
+            )
+        axes.set_xlim(0, 1.15 * max(each.peak for each in found if each.task == task) / 1e9)
+        axes.set_title(
+            f"{task}: mean and standard deviation of {max(len(e.scores) for e in found if e.task == task)} seeds",
+            fontsize=10,
+        )
+        axes.set_xlabel("peak memory above that of the imports, GB")
+        axes.set_ylabel("test accuracy, %")
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
