@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types unit torture fuzz clean
+.PHONY: demo test lint types unit docs torture fuzz clean
 
 # pip is held to constraints.txt, so that everybody tests the same versions (and torch is the small CPU build there).
 $(STAMP): pyproject.toml constraints.txt
@@ -31,6 +31,10 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+# The documentation as a site, in site/.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # A training run is killed a hundred times at random moments and must end as if it had not been (about ten minutes).
 torture: $(STAMP)
 	$(BIN)/python tests/training/torture.py --kills 100
@@ -40,4 +44,4 @@ fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz/fuzz.py --minutes 10
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

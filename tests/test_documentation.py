@@ -1,8 +1,11 @@
 """What README.md and docs/ tell people to type works: README's commands and programs are run, those of docs/ are parsed."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +98,23 @@ def test_the_commands_in_readme_run(desk, capfd):
         ran.append(words[0])
     assert set(ran) == {"train", "generate", "plan", "data"}
     assert (desk / "runs" / "first" / "model" / "config.json").is_file()
+
+
+def test_the_program_of_the_quickstart_runs(desk):
+    (program,) = blocks(ROOT / "docs" / "index.md", "python")
+    exec(compile(program.replace("MODEL", "DIR"), "docs/index.md", "exec"), {})
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr
+    page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    for name in ("lowtide.fuse", "lowtide.AdaLomo", "lowtide.integrations.transformers.fuse_trainer"):
+        assert f'id="{name}"' in page
+    assert "Update every parameter inside the backward pass" in page
 
 
 def test_the_program_in_readme_runs(desk):
