@@ -213,10 +213,10 @@ def _endless(batches: Any, count: int) -> Iterator[dict[str, Any]]:
 
 def compare(task: str, method: str, options: argparse.Namespace) -> None:
     """Do what is missing of one method: the grid with seed 0, then the other seeds with the best rate."""
-    rates = list(GRID[method])
+    rates = list(GRID[method]) if options.rates is None or method == "zero-shot" else options.rates
     for lr in rates:
         in_process(task, method, lr, 0, options)
-    for _ in range(0 if method == "zero-shot" else 2):
+    for _ in range(0 if method == "zero-shot" or options.rates is not None else 2):
         lr = best_rate(task, method, options)
         if lr not in (min(rates), max(rates)):
             break
@@ -290,6 +290,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["trec"])
     parser.add_argument("--method", nargs="+", choices=list(GRID), default=list(GRID))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", nargs="+", type=float, help="in place of the grid, for a first look at a task")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-seq-len", type=int, default=512)
