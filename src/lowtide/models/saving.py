@@ -61,12 +61,26 @@ def write_model(
     parts: Sequence[Part] | None = None,
 ) -> dict[str, str]:
     """The files of :func:`save_model` in an empty directory. Returns the SHA-256 of the files of weights, by name."""
-    with _saveable_generation_config(model):
+    with _saveable_generation_config(model), _without_progress_bar():
         model.save_pretrained(directory, state_dict={})  # configs, and code that came with the model
     for path in directory.glob("*.safetensors*"):  # of no weights at all
         path.unlink()
     tokenizer.save_pretrained(directory)
     return write_weights(model, directory, parts)
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers would show one of zero shards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager
