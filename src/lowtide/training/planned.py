@@ -8,13 +8,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..log import get_logger
 from ..models import find_blocks, load_config, parse_dtype
 from ..planning import Footprint, Limits, Plan, StepShape, available_host_bytes, device_available_bytes, find_speeds
 from .config import TrainConfig
+from .rng import random_state, set_random_state
 from .setup import existing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_logger = get_logger(__name__)
 
 # Of the memory that is free now: what else the machine does, and what a prediction may be off by.
 _USABLE = 0.9
@@ -118,3 +122,17 @@ def predicted(config: TrainConfig, device: str, placement: Placement) -> Footpri
         return placement.plan.footprint
     home = "disk" if placement.directory is not None else {"cpu": "host"}.get(config.weights, config.weights)
     return step_shape(config, device).footprint(home, micro_batch_size=placement.micro_batch_size)
+
+
+def predicted_by_kind(config: TrainConfig, device: str, placement: Placement) -> dict[str, int] | None:
+    """Bytes on the device by kind, for the record of a run; None where the planner has no answer, which never stops a run."""
+    if config.lora_rank:  # adapters are not planned for
+        return None
+    random = random_state()
+    try:
+        return dict(predicted(config, device, placement).device)
+    except Exception as error:
+        _logger.debug("no prediction of the memory: %s", error)
+        return None
+    finally:
+        set_random_state(random)
