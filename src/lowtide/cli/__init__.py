@@ -43,6 +43,11 @@ COMMANDS = {
         "Generate text with a model, streamed to the terminal. Without --prompt and --chat the prompt is read from\n"
         "standard input.",
     ),
+    "report": (
+        "show a run as a page: curves, memory, settings",
+        "Write one HTML page about a run, or about two side by side: loss, learning rate, gradient norm, speed, memory beside what\n"
+        "the planner said, and all settings. It needs no connection. The run may still be going on.",
+    ),
     "demo": (
         "see it work: fine-tune a small real model in a few minutes",
         "Fine-tune a small pretrained model, offline and without a GPU, and show what it learned and what memory it\n"
