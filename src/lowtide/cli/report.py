@@ -66,7 +66,7 @@ def read_run(directory: Path) -> History:
     if not path.is_file():
         raise FileNotFoundError(f"there is no metrics.jsonl in {directory}: it is not the output directory of a run")
     events, num_unreadable = parse_events(path.read_bytes())
-    settings = _settings(directory / "config.yaml")
+    settings = read_settings(directory / "config.yaml")
     if not any(event["event"] in ("config", "train", "eval") for event in events) and (
         num_unreadable or settings is None
     ):
@@ -90,7 +90,8 @@ def names_of(directories: list[Path]) -> list[str]:
     return [f"{path.name} ({number})" for number, path in enumerate(whole, start=1)]
 
 
-def _settings(path: Path) -> dict[str, Any] | None:
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings of a run, with the names as text; None if there are none that can be read."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):

@@ -86,7 +86,9 @@ def _loss(runs: Sequence[History]) -> Chart | None:
         raw, smooth = run.curve("loss"), run.smooth_loss()
         if run.has("loss"):
             name = label("training", run, runs)
-            traces.append(line(raw, f"{name}, each step", COLORS[index], opacity=0.35, line={"width": 1}))
+            traces.append(
+                line(raw, f"{name}, each step", COLORS[index], opacity=0.4, line={"width": 1}, showlegend=False)
+            )
             traces.append(line(smooth, name, COLORS[index], line={"width": 2.5}))
             first, last = next(v for v in smooth[1] if v is not None), [v for v in smooth[1] if v is not None][-1]
             texts.append(f"{label('training loss', run, runs)} from {_figure(first)} to {_figure(last)}")
@@ -211,7 +213,7 @@ def _simple(
     for index, run in enumerate(runs):
         if run.has(name):
             traces += [line(run.curve(name), label(title.lower(), run, runs), COLORS[index]), *more(run, index)]
-            texts.append(describe(run.values(name)) if len(runs) == 1 else f"{run.name}: {describe(run.values(name))}")
+            texts.append(describe(run.values(name)) if len(runs) == 1 else f"{describe(run.values(name))} ({run.name})")
     return Chart(name, title, _sentence(texts), traces, layout) if traces else None
 
 

@@ -53,7 +53,7 @@ def memory_by_kind(runs: Sequence[History]) -> Chart | None:
         predicted, who = by_group(run), "" if len(runs) == 1 else f"{run.name}: "
         bars.append((f"{who}predicted", predicted))
         total = sum(predicted.values())
-        text = f"{who}predicted {format_bytes(total)}"
+        text = f"{who and 'in '}{who}predicted {format_bytes(total)}"
         if run.peak_bytes:
             program = min(run.program_bytes, run.peak_bytes)
             measured = {PROGRAM: program, MEASURED: run.peak_bytes - program}

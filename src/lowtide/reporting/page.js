@@ -17,13 +17,15 @@
       height: 290, margin: { l: 8, r: 12, t: 12, b: 8 }, uirevision: "kept", hovermode: "closest",
       font: { color: ink, size: 12, family: "system-ui, sans-serif" },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      showlegend: chart.traces.length > 1,
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, traceorder: "normal" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: rule, activecolor: ink },
       dragmode: phone.matches ? false : "zoom",
       ...given,
       xaxis: { ...axis, ...given.xaxis }, yaxis: { ...axis, ...given.yaxis },
     };
+    const named = chart.traces.filter((trace) => trace.showlegend !== false).length;
+    if (phone.matches && named > 2) layout.height += 17 * named;
+    layout.showlegend = named > 1;
     if (printing) { layout.width = PRINT_WIDTH; layout.height = Math.min(layout.height, 245); }
     else layout.autosize = true;
     return layout;

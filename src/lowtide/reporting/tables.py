@@ -13,14 +13,14 @@ from .memory_chart import by_group
 _NONE = "-"
 
 
-def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text, whose first column names the rows."""
+def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, quiet: bool = False) -> str:
+    """A table of text, whose first column names the rows; a quiet caption is for screen readers only."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(text)}</td>" for text in row[1:]) + "</tr>"
         for row in rows
     )
-    return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table><caption{' class=quiet' if quiet else ''}>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def key_figures(runs: Sequence[History]) -> str:
@@ -28,7 +28,7 @@ def key_figures(runs: Sequence[History]) -> str:
     columns = [_figures(run) for run in runs]
     names = [name for name in columns[0] if any(column.get(name, _NONE) != _NONE for column in columns)]
     rows = [[name, *(column.get(name, _NONE) for column in columns)] for name in names]
-    return table("Key figures", ["", *(run.name for run in runs)], rows)
+    return table("Key figures", ["", *(run.name for run in runs)], rows, quiet=True)
 
 
 def _figures(run: History) -> dict[str, str]:
@@ -135,7 +135,7 @@ def versions_table(runs: Sequence[History]) -> str:
     names = list(dict.fromkeys(name for each in known for name in each))
     rows = [[str(name), *(str(each.get(name, _NONE)) for each in known)] for name in names]
     rows.append(["trained on", *(str(run.facts.get("device", _NONE)) for run in runs)])
-    return table("Versions and machine", ["", *(run.name for run in runs)], rows)
+    return table("Versions and machine", ["", *(run.name for run in runs)], rows, quiet=True)
 
 
 def notes(run: History) -> list[str]:

@@ -29,6 +29,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+# Bytes by which a file is known again; every event has its time in them.
+_TAIL = 512
+
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
@@ -119,6 +122,57 @@ def parse_events(text: bytes) -> tuple[list[Event], int]:
         if isinstance(found, dict) and isinstance(found.get("event"), str):
             events.append(found)
     return events, len(lines) - len(events)
+
+
+class EventReader:
+    """Follows a file that is being written, and reads each time what is new. A file that was cut is read anew.
+
+    Attributes:
+        events: what was read so far, in order.
+        num_unreadable: other lines.
+        version: another text whenever there is something new.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.events: list[Event] = []
+        self.num_unreadable = 0
+        self._position = 0
+        self._tail = b""
+        self._num_beginnings = 0
+
+    def read(self) -> None:
+        """Take in what is new. A file that is not there is empty."""
+        try:
+            with self.path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._position or not self._goes_on(file):
+                    self._begin()
+                file.seek(self._position)
+                text = file.read()
+        except FileNotFoundError:
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        events, others = parse_events(whole)
+        self.events += events
+        self.num_unreadable += others
+        self._position += len(whole)
+        self._tail = (self._tail + whole)[-_TAIL:]
+
+    @property
+    def version(self) -> str:
+        """See the class."""
+        return f"{self._num_beginnings}-{self._position}"
+
+    def _begin(self) -> None:
+        self.events = []
+        self.num_unreadable = self._position = 0
+        self._tail = b""
+        self._num_beginnings += 1
+
+    def _goes_on(self, file: IO[bytes]) -> bool:
+        """What was read last is still there: the file was not cut and written on."""
+        file.seek(self._position - len(self._tail))
+        return file.read(len(self._tail)) == self._tail
 
 
 def finite(value: Any) -> Any:
