@@ -70,7 +70,7 @@ def over_steps(y_title: str, **y_axis: Any) -> dict[str, Any]:
     """The layout of a chart over the steps of a run."""
     return {
         "xaxis": {"title": {"text": "step"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": y_title}, **y_axis},
+        "yaxis": {"title": {"text": y_title, "standoff": 10}, **y_axis},
     }
 
 
@@ -87,7 +87,7 @@ def _loss(runs: Sequence[History]) -> Chart | None:
         if run.has("loss"):
             name = label("training", run, runs)
             traces.append(
-                line(raw, f"{name}, each step", COLORS[index], opacity=0.4, line={"width": 1}, showlegend=False)
+                line(raw, f"{name}, each step", COLORS[index], opacity=0.5, line={"width": 1}, showlegend=False)
             )
             traces.append(line(smooth, name, COLORS[index], line={"width": 2.5}))
             first, last = next(v for v in smooth[1] if v is not None), [v for v in smooth[1] if v is not None][-1]

@@ -18,7 +18,7 @@
       font: { color: ink, size: 12, family: "system-ui, sans-serif" },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, traceorder: "normal" },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: rule, activecolor: ink },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: night ? "#a2abb3" : "#8a939b", activecolor: ink },
       dragmode: phone.matches ? false : "zoom",
       ...given,
       xaxis: { ...axis, ...given.xaxis }, yaxis: { ...axis, ...given.yaxis },

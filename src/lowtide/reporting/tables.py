@@ -17,7 +17,9 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *,
     """A table of text, whose first column names the rows; a quiet caption is for screen readers only."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(text)}</td>" for text in row[1:]) + "</tr>"
+        f'<tr><th scope="row">{escape(row[0]).replace("_", "_<wbr>")}</th>'
+        + "".join(f"<td>{escape(text)}</td>" for text in row[1:])
+        + "</tr>"
         for row in rows
     )
     return f"<table><caption{' class=quiet' if quiet else ''}>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
