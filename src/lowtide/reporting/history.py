@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 Curve = tuple[list[float], list[float | None]]  # steps and values; None where a step has none
@@ -49,6 +50,7 @@ class History:
     ) -> None:
         self.name = name
         self.num_unreadable = num_unreadable
+        self._curves: dict[tuple[str, str], Curve] = {}
         self.parts = _parts([event for event in events if number(event.get("step")) is not None])
         self.facts: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "config"), {})
         recorded = self.facts.get("config")
@@ -77,8 +79,11 @@ class History:
 
     def curve(self, name: str, kind: str = "train") -> Curve:
         """A value of every step, or of every evaluation."""
-        events = self.steps if kind == "train" else self.evals
-        return [float(event["step"]) for event in events], [number(event.get(name)) for event in events]
+        if (name, kind) not in self._curves:
+            events = self.steps if kind == "train" else self.evals
+            steps = [float(event["step"]) for event in events]
+            self._curves[name, kind] = steps, [number(event.get(name)) for event in events]
+        return self._curves[name, kind]
 
     def has(self, name: str, kind: str = "train") -> bool:
         """Some step (or evaluation) has such a value."""
@@ -90,9 +95,12 @@ class History:
 
     def smooth_loss(self) -> Curve:
         """The mean of the training loss over the last steps: a tenth of the run, 20 steps at most. Null losses do not count."""
+        return self._smooth_loss
+
+    @cached_property
+    def _smooth_loss(self) -> Curve:
         steps, values = self.curve("loss")
-        window = max(1, min(_WINDOW, len(values) // 10))
-        return steps, running_means(values, window)
+        return steps, running_means(values, max(1, min(_WINDOW, len(values) // 10)))
 
     @property
     def clip_limit(self) -> float | None:
@@ -113,11 +121,12 @@ class History:
         known = [time for time in times if time is not None]
         return max(known) if known else None
 
-    @property
+    @cached_property
     def peak_bytes(self) -> float | None:
         """The most memory measured; of older runs without an end the most between two steps."""
-        at_end = [number(event.get("peak_memory_bytes")) for part in self.parts for event in part]
-        known = [value for value in at_end if value] + self.values("memory_bytes") + self.values("memory_bytes", "eval")
+        ends = (event for part in self.parts for event in part if event["event"] == "end")
+        known = [value for event in ends if (value := number(event.get("peak_memory_bytes")))]
+        known += self.values("peak_memory_bytes") + self.values("memory_bytes") + self.values("memory_bytes", "eval")
         return max(known) if known else None
 
     @property

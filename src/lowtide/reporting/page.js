@@ -101,7 +101,7 @@
       return;
     }
     // The slower the answer, the rarer the question.
-    setTimeout(ask, Math.max(2000, 20 * (performance.now() - begin)));
+    setTimeout(ask, Math.max(2000, 50 * (performance.now() - begin)));
   }
   ask();
 })();

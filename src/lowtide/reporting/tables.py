@@ -38,6 +38,9 @@ def _figures(run: History) -> dict[str, str]:
     parameters, planned = number(run.facts.get("num_parameters")), number(run.facts.get("num_steps"))
     peak, predicted = run.peak_bytes, sum(by_group(run).values()) if run.predicted else None
     rates, lost = run.values("tokens_per_s"), run.values("lost_updates")
+    how = (
+        ", clip adaptive" if run.settings.get("clip") == "adaptive" else ""
+    )  # which holds tensors to norms of their own
     norms = run.has("grad_norm") and run.clip_limit is not None
     return {
         "State": {"finished": "finished", "interrupted": "interrupted", "open": "no end yet", "empty": "no step yet"}[
@@ -55,7 +58,7 @@ def _figures(run: History) -> dict[str, str]:
         "Accuracy (scores per token)": _change(run.values("accuracy_per_token", "eval"), ".1%"),
         "Speed (median)": f"{format_count(sorted(rates)[len(rates) // 2])} tokens/s" if rates else _NONE,
         "Skipped steps": str(len(run.skipped)),
-        "Clipped steps": f"{len(run.clipped())} (norm above {run.clip_limit:g})" if norms else _NONE,
+        "Clipped steps": f"{len(run.clipped())} (norm above {run.clip_limit:g}{how})" if norms else _NONE,
         "Updates lost in rounding (mean)": f"{sum(lost) / len(lost):.2%}" if lost else _NONE,
         "Peak memory, measured": _NONE if peak is None else format_bytes(peak),
         "Peak memory, predicted": _NONE if predicted is None else format_bytes(predicted),
