@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lowtide.cli.doctor import describe_machine, sizes_table
-from lowtide.planning import doctor
 from lowtide.planning.speeds import ASSUMED, Speeds
+from lowtide.reporting import doctor
 
 GIB = 2**30
 

@@ -4,6 +4,7 @@ import math
 import pytest
 
 from lowtide.training import EventLog, read_events
+from lowtide.training.events import EventReader, parse_events
 
 
 def test_one_json_object_a_line_readable_before_it_is_closed(tmp_path):
@@ -28,3 +29,43 @@ def test_never_overwrites(tmp_path):
     with pytest.raises(FileExistsError):
         EventLog(path)
     assert path.read_text() == "precious"
+
+
+def write(path, *events, end=""):
+    path.write_text("".join(json.dumps(event) + "\n" for event in events) + end)
+
+
+def steps(reader):
+    reader.read()
+    return [event["step"] for event in reader.events]
+
+
+def test_a_reader_follows_a_file(tmp_path):
+    path = tmp_path / "m.jsonl"
+    reader = EventReader(path)
+    assert steps(reader) == []
+    write(path, {"event": "train", "step": 1}, end='{"event": "tra')
+    assert steps(reader) == [1]
+    before = reader.version
+    assert steps(reader) == [1] and reader.version == before
+    write(path, {"event": "train", "step": 1}, {"event": "train", "step": 2}, end="nothing\n")
+    assert steps(reader) == [1, 2] and reader.num_unreadable == 1 and reader.version != before
+
+
+def test_a_reader_sees_that_a_file_was_cut_and_written_on(tmp_path):
+    path = tmp_path / "m.jsonl"
+    events = [{"event": "train", "step": step, "time": 0.5} for step in (1, 2, 3)]
+    write(path, *events)
+    reader = EventReader(path)
+    assert steps(reader) == [1, 2, 3]
+    write(path, events[0])
+    assert steps(reader) == [1]
+    write(path, events[0], *({"event": "train", "step": step, "time": 0.7} for step in (2, 3, 4)))
+    assert steps(reader) == [1, 2, 3, 4]
+    write(path, events[0], *({"event": "train", "step": step, "time": 0.9} for step in (2, 3, 4, 5)))
+    assert steps(reader) == [1, 2, 3, 4, 5]
+
+
+def test_parsing_keeps_what_can_be_read():
+    text = b'{"event": "a"}\n\xff\n[1]\n{"event": 3}\n{"event": "b"}\n{"event": "c"}'
+    assert parse_events(text) == ([{"event": "a"}, {"event": "b"}], 3)

@@ -105,3 +105,23 @@ def test_the_command_shows_the_table(make_config, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "predicted" in shown and "kept block inputs" in shown and "A step took" in shown
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "lomo", "micro_batch_size": 2}, {"weights": "cpu"}])
+def test_a_run_records_what_the_planner_says(make_config, changes):
+    config = make_config(max_steps=1, **changes)
+    result = run(config)
+    event = read_events(result.output / "metrics.jsonl")[0]
+    said = planned.predicted(config, "cpu", planned.place_as_set(config))
+    assert event["predicted_memory"] == said.device and event["predicted_memory"]["weights"] > 0
+    assert event["program_bytes"] > 10**7 and event["versions"]["torch"]
+
+
+def test_a_prediction_that_fails_stops_nothing(make_config, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(planned, "predicted", broken)
+    result = run(make_config(max_steps=1))
+    assert result.num_steps == 1
+    assert read_events(result.output / "metrics.jsonl")[0]["predicted_memory"] is None

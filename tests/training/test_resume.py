@@ -13,7 +13,7 @@ from streaming_cpu import stream_on_cpu
 from tiny_files import save_tiny_model
 
 NUM_STEPS = 8
-NEVER_THE_SAME = ("time", "tokens_per_s", "memory_bytes")
+NEVER_THE_SAME = ("time", "tokens_per_s", "memory_bytes", "peak_memory_bytes")
 
 
 def run(config, stop_after=None, **options):

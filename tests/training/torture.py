@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_files import save_tiny_model, write_task
 
 NUM_STEPS = 24
-DIFFERENT = ("time", "tokens_per_s", "memory_bytes")
+DIFFERENT = ("time", "tokens_per_s", "memory_bytes", "peak_memory_bytes")
 
 
 class Torture:

@@ -48,6 +48,11 @@ COMMANDS = {
         "Look at the software, processor, memory, GPUs and disk, and work out which sizes of model could be trained here,\n"
         "where their weights would live and how long a step would take.",
     ),
+    "report": (
+        "show a run as a page: curves, memory, settings",
+        "Write one HTML page about a run, or about two side by side: loss, learning rate, gradient norm, speed, memory beside what\n"
+        "the planner said, and all settings. It needs no connection. The run may still be going on.",
+    ),
     "demo": (
         "see it work: fine-tune a small real model in a few minutes",
         "Fine-tune a small pretrained model, offline and without a GPU, and show what it learned and what memory it\n"

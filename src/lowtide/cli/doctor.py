@@ -15,8 +15,8 @@ from .quantities import at_least
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..planning.doctor import Machine, Size
     from ..planning.speeds import Speeds
+    from ..reporting.doctor import Machine, Size
 
 _EPILOG = """\
 examples:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    from ..planning.doctor import look_at_machine, machine_speeds, possible_sizes
+    from ..reporting.doctor import look_at_machine, machine_speeds, possible_sizes
 
     machine = look_at_machine(directory)
     if args.json != "-":
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe_machine(machine: Machine) -> list[str]:
     """Lines for people."""
-    from ..planning.doctor import OPTIONAL
+    from ..reporting.doctor import OPTIONAL
 
     rows = {"software": ", ".join(f"{name} {version}" for name, version in machine.versions.items())}
     for name, least in machine.too_old.items():

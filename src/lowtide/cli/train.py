@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import signal
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..training.config import GROUPS, TrainConfig
 from ..units import format_bytes, format_count, format_duration
-from .arguments import add_dataclass_arguments, build_from_arguments
+from .arguments import UsageError, add_dataclass_arguments, build_from_arguments
+from .live import ANY_PORT, live_report, port
 
 if TYPE_CHECKING:
     from ..training import DryRun, Event, TrainResult
@@ -49,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train nothing; take two real steps with these settings, and show the memory that they took beside what the "
         "planner said. Nothing is kept",
     )
+    parser.add_argument(
+        "--live",
+        nargs="?",
+        type=port,
+        const=ANY_PORT,
+        metavar="PORT",
+        help="show the report of the run as a page that updates itself, for this machine only (127.0.0.1), while it goes on; without "
+        "PORT the first free one from 8765 on. Needs pip install 'lowtide[report]'",
+    )
     parser.usage = "%(prog)s --model NAME --data FILE [FILE ...] --output DIR [--config FILE] [settings]"
     parser.epilog = _EPILOG
 
@@ -61,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from .quiet import quiet_libraries
 
     quiet_libraries(tell_data=True)
+    if args.live is not None and (args.dry_run or args.find_lr):
+        raise UsageError("--live shows a training run, and --dry-run and --find-lr train nothing: leave it out")
     if args.dry_run:
         from ..training import dry_run
 
@@ -75,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         if event["event"] == "config":
             print(describe_plan(config, event), flush=True)
 
-    result = train(config, on_event=on_event)
+    with nullcontext() if args.live is None else live_report(Path(config.output), args.live):
+        result = train(config, on_event=on_event)
     print(describe_result(result), flush=True)
     return 128 + (result.signal_number or signal.SIGINT) if result.interrupted else 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .. import __version__
 from ..log import get_logger
 from ..units import GIB
 from .inputs import Input
@@ -29,7 +29,6 @@ from .store import TokenStore
 
 _logger = get_logger(__name__)
 
-_FORMAT = 1  # to be raised by every change of what examples are made of records
 _UNFINISHED = ".unfinished-"
 _STALE_S = 24 * 3600.0  # an unfinished entry as old as this belongs to no living process
 
@@ -51,15 +50,24 @@ def content_key(inputs: Sequence[Input], tokenizer: PreTrainedTokenizerBase, **s
         settings: the rest, plain values.
     """
     parts: dict[str, Any] = {
-        "format": _FORMAT,
         "data": [each.digest() for each in inputs],
         "tokenizer": _tokenizer_facts(tokenizer),
-        "versions": [__version__, *(version(name) for name in ("transformers", "tokenizers"))],
+        "code": _digest_of_code(),
+        "versions": [version(name) for name in ("transformers", "tokenizers")],
         **settings,
     }
     if "strftime_now" in str(tokenizer.chat_template):  # the template writes the date into what it renders
         parts["date"] = datetime.date.today().isoformat()
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _digest_of_code() -> str:
+    """Of the modules that make examples of files: another version may make others."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

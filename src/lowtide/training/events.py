@@ -3,9 +3,11 @@
 Every event has ``event``, ``step`` (steps taken so far) and ``time`` (seconds since the run began). The kinds:
 
     config  config (all fields), num_parameters, num_adapter_parameters (0 without LoRA), num_steps, steps_per_epoch, lr,
-            device, data_* (counts of the data)
+            device, data_* (counts of the data), clip_grad_norm (the limit in force; None for none), predicted_memory (bytes by kind on the
+            device, in memory on a CPU, of the largest step, by the planner; None where it does not know), program_bytes (what the process
+            held besides weights before the first step; 0 on a GPU, whose memory the program is not in), versions
     train   loss (of the batch, before its update), lr, lora_lr (of the adapters, if the model's weights are trained, too), grad_norm (None where unknown), num_tokens, tokens_per_s,
-            memory_bytes, epoch, skipped (True: loss or gradient was not finite and nothing was updated), partial (True:
+            memory_bytes, peak_memory_bytes (the most so far, loading included), epoch, skipped (True: loss or gradient was not finite and nothing was updated), partial (True:
             the same, found when some parameters had been updated), loss_scale (None where the loss is not scaled),
             lost_updates (share of updates that left their 16-bit weight as it was; None where nothing was sampled), spike (True:
             skipped because its loss was far above those before it)
@@ -26,6 +28,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
+
+# Bytes by which a file is known again; every event has its time in them.
+_TAIL = 512
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -100,6 +105,74 @@ def read_events(path: str | Path, kind: str | None = None) -> list[Event]:
     with Path(path).open(encoding="utf-8") as lines:
         events = [json.loads(line) for line in lines]
     return [event for event in events if kind is None or event["event"] == kind]
+
+
+def parse_events(text: bytes) -> tuple[list[Event], int]:
+    """What can be read of a file that is being written, or that was cut off: (events in order, number of other lines).
+
+    A last line without its end does not count at all: it is still being written.
+    """
+    lines = text.split(b"\n")[:-1]
+    events: list[Event] = []
+    for line in lines:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and isinstance(found.get("event"), str):
+            events.append(found)
+    return events, len(lines) - len(events)
+
+
+class EventReader:
+    """Follows a file that is being written, and reads each time what is new. A file that was cut is read anew.
+
+    Attributes:
+        events: what was read so far, in order.
+        num_unreadable: other lines.
+        version: another text whenever there is something new.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.events: list[Event] = []
+        self.num_unreadable = 0
+        self._position = 0
+        self._tail = b""
+        self._num_beginnings = 0
+
+    def read(self) -> None:
+        """Take in what is new. A file that is not there is empty."""
+        try:
+            with self.path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._position or not self._goes_on(file):
+                    self._begin()
+                file.seek(self._position)
+                text = file.read()
+        except FileNotFoundError:
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        events, others = parse_events(whole)
+        self.events += events
+        self.num_unreadable += others
+        self._position += len(whole)
+        self._tail = (self._tail + whole)[-_TAIL:]
+
+    @property
+    def version(self) -> str:
+        """See the class."""
+        return f"{self._num_beginnings}-{self._position}"
+
+    def _begin(self) -> None:
+        self.events = []
+        self.num_unreadable = self._position = 0
+        self._tail = b""
+        self._num_beginnings += 1
+
+    def _goes_on(self, file: IO[bytes]) -> bool:
+        """What was read last is still there: the file was not cut and written on."""
+        file.seek(self._position - len(self._tail))
+        return file.read(len(self._tail)) == self._tail
 
 
 def finite(value: Any) -> Any:

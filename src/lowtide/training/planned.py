@@ -8,13 +8,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..log import get_logger
 from ..models import find_blocks, load_config, parse_dtype
 from ..planning import Footprint, Limits, Plan, StepShape, available_host_bytes, device_available_bytes, find_speeds
 from .config import TrainConfig
+from .rng import random_state, set_random_state
 from .setup import existing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_logger = get_logger(__name__)
 
 # Of the memory that is free now: what else the machine does, and what a prediction may be off by.
 _USABLE = 0.9
@@ -112,9 +116,34 @@ def find_plan(shape: StepShape, config: TrainConfig, limits: Limits, device: str
     return make_plan(shape, limits=limits, speeds=speeds, micro_batch_size=config.micro_batch_size)
 
 
-def predicted(config: TrainConfig, device: str, placement: Placement) -> Footprint:
+def predicted(
+    config: TrainConfig, device: str, placement: Placement, model_config: PreTrainedConfig | None = None
+) -> Footprint:
     """What the planner says of a placement, chosen by it or not."""
     if placement.plan is not None:
         return placement.plan.footprint
     home = "disk" if placement.directory is not None else {"cpu": "host"}.get(config.weights, config.weights)
-    return step_shape(config, device).footprint(home, micro_batch_size=placement.micro_batch_size)
+    return step_shape(config, device, model_config).footprint(home, micro_batch_size=placement.micro_batch_size)
+
+
+def predicted_by_kind(
+    config: TrainConfig, device: str, placement: Placement, model_config: PreTrainedConfig
+) -> dict[str, int] | None:
+    """Bytes on the device by kind, for the record of a run; None where the planner has no answer, which never stops a run.
+
+    Args:
+        config: the settings.
+        device: where the run computes.
+        placement: of its weights.
+        model_config: of the model that was loaded, which saves reading it again.
+    """
+    if config.lora_rank:  # adapters are not planned for
+        return None
+    random = random_state()
+    try:
+        return dict(predicted(config, device, placement, model_config).device)
+    except Exception as error:
+        _logger.debug("no prediction of the memory: %s", error)
+        return None
+    finally:
+        set_random_state(random)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..evaluation import LossResult
 from ..planning.hardware import peak_resident_bytes, resident_bytes
@@ -26,6 +26,14 @@ def memory_bytes(device: str) -> int:
 def peak_memory_bytes(device: str) -> int:
     """The most that ``memory_bytes`` ever was, loading the model included."""
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_resident_bytes()
+
+
+def program_bytes(model: nn.Module, device: str) -> int:
+    """What the process holds besides the weights: Python, its libraries, data. 0 on a GPU, whose memory they are not in."""
+    if device.startswith("cuda"):
+        return 0
+    storages = (param.untyped_storage() for param in model.parameters())
+    return max(0, resident_bytes() - sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
 
 
 class Reporter:
@@ -83,7 +91,8 @@ class Reporter:
         elif not broken:
             self.num_skipped_in_a_row = 0
         speed = num_tokens / max(now - self._last, 1e-9)
-        self._tell("train", loss=loss, num_tokens=num_tokens, tokens_per_s=speed, **self._memory(), **facts)
+        memory = {**self._memory(), "peak_memory_bytes": peak_memory_bytes(self._device)}
+        self._tell("train", loss=loss, num_tokens=num_tokens, tokens_per_s=speed, **memory, **facts)
         self._last = time.perf_counter()
 
     def evaluation(self, result: LossResult, accuracies: Mapping[str, float]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +26,9 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .data import TrainData, find_data, load_data
 from .interrupt import StopAfterStep
-from .planned import Placement, place_as_set, plan_placement
-from .report import Reporter
+from .planned import Placement, place_as_set, plan_placement, predicted_by_kind
+from .report import Reporter, program_bytes
+from .resume import versions
 from .schedule import make_schedule
 from .setup import check_disk, count_steps, resolve_device
 
@@ -115,7 +118,11 @@ class Run:
             "steps_per_epoch": len(self.data.train),
             "lr": self.config.effective_lr,
             "device": self.device,
+            "clip_grad_norm": self.config.effective_clip_grad_norm,
             "plan": None if self.placement.plan is None else self.placement.plan.to_dict(),
+            "predicted_memory": predicted_by_kind(self.config, self.device, self.placement, self.model.config),
+            "program_bytes": program_bytes(self.model, self.device),
+            "versions": {"lowtide": version("lowtide"), "python": python_version(), **versions(self.device)},
             **{f"data_{name}": value for name, value in dataclasses.asdict(stats).items()},
         }
 

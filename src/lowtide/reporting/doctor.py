@@ -13,10 +13,17 @@ from typing import Any
 import psutil
 import torch
 
-from .hardware import available_host_bytes, computes_bfloat16, device_available_bytes
-from .planner import Limits, Plan, find_plan
-from .speeds import Speeds, find_speeds
-from .step_shape import StepShape
+from ..planning import (
+    Limits,
+    Plan,
+    Speeds,
+    StepShape,
+    available_host_bytes,
+    computes_bfloat16,
+    device_available_bytes,
+    find_speeds,
+)
+from ..planning.planner import find_plan
 
 # Optional packages: what for, and how to get them.
 OPTIONAL = {
@@ -113,9 +120,7 @@ def look_at_machine(directory: Path) -> Machine:
     Args:
         directory: an existing one, on the disk that a working copy of the weights would be on.
     """
-    from .. import __version__
-
-    names = ("torch", "transformers", "safetensors", "datasets", "accelerate")
+    names = ("lowtide", "torch", "transformers", "safetensors", "datasets", "accelerate")
     found = {name: importlib.metadata.version(name) for name in names}
     too_old = {
         name: ".".join(map(str, least)) for name, least in NEEDED.items() if _numbers(found[name])[: len(least)] < least
@@ -126,7 +131,7 @@ def look_at_machine(directory: Path) -> Machine:
         free = device_available_bytes(f"cuda:{index}")
         gpus.append(Gpu(facts.name, facts.total_memory, free, f"{facts.major}.{facts.minor}"))
     return Machine(
-        versions={"lowtide": __version__, "Python": platform.python_version(), **found},
+        versions={"Python": platform.python_version(), **found},
         too_old=too_old,
         optional={name: _version(name) for name in OPTIONAL},
         processor=platform.machine(),
