@@ -69,7 +69,7 @@ def test_a_gpu_comes_first(machine):
 
 
 def test_what_is_missing_or_old_is_told_with_the_remedy(machine, monkeypatch):
-    monkeypatch.setattr(doctor, "NEEDED", {"torch": (99, 1), "transformers": (1, 0)})
+    monkeypatch.setattr(doctor, "NEEDED", {"torch": "99.1", "transformers": "1.0"})
     old = doctor.look_at_machine(machine.directory)
     assert old.too_old == {"torch": "99.1"}
     lines = describe_machine(dataclasses.replace(old, optional={"peft": None}))

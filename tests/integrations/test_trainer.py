@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -225,6 +226,63 @@ def test_the_model_is_an_ordinary_one_afterwards_and_can_be_trained_again(model,
     assert all(param.grad is None for param in model.parameters())
 
 
+def test_after_an_error_the_model_is_an_ordinary_one(model, arguments, rows):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    trainer = InOrder(model=model, args=arguments(), train_dataset=rows, data_collator=pad, callbacks=[Fails()])
+    fuse_trainer(trainer, "lomo")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    copy.deepcopy(model)
+    again = InOrder(model=model, args=arguments(), train_dataset=rows, data_collator=pad)
+    fuse_trainer(again, "lomo")
+    again.train()
+    with pytest.raises(ValueError, match="on the fused engine already"):
+        fuse_trainer(again, "lomo")
+
+
+def test_the_arguments_of_the_user_stay_as_they_are(model, arguments, rows):
+    args = arguments(gradient_accumulation_steps=3)
+    expected, _ = run(model, args, rows, {"optimizer": "lomo"})
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 3)
+    trained, _ = run(model, args, rows, {"optimizer": "lomo"})  # the same arguments once more
+    assert_same(trained, expected, rtol=0, atol=0)
+
+
+def test_a_new_accelerator_is_taken_over(model, arguments, rows):
+    """As a hyperparameter search makes one for every trial."""
+    trainer = InOrder(model=model, args=arguments(max_grad_norm=1.0), train_dataset=rows, data_collator=pad)
+    fuse_trainer(trainer, "lomo")
+    trainer.create_accelerator_and_postprocess()
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 6 and all(entry["grad_norm"] > 0 for entry in logged)
+
+
+def test_a_loss_of_ones_own_with_accumulation_is_warned_of(model, arguments, rows, caplog):
+    args = arguments(gradient_accumulation_steps=2, label_smoothing_factor=0.1)
+    plain = copy.deepcopy(model)
+    trainer = InOrder(model=plain, args=args, train_dataset=rows, data_collator=pad, optimizers=sgd(plain))
+    trainer.train()
+    trained, _ = run(model, args, rows, {"optimizer": "lomo"})
+    assert "all 8 rows of a step at once" in caplog.text
+    assert_same(trained, plain)
+
+
+def test_another_optimizers_checkpoint_is_named(model, arguments, rows, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3, "learning_rate": 1e-3}
+    run(model, arguments("a", **settings), rows, {"optimizer": "adamw"})
+    with pytest.raises(ValueError, match="another optimizer than AdaLomo"):
+        run(
+            model, arguments("a", **settings), rows, {"optimizer": "adalomo"},
+            resume=str(tmp_path / "a" / "checkpoint-3"),
+        )  # fmt: skip
+
+
 def test_optimizers_of_ones_own(model, arguments, rows):
     given = Lomo(model.parameters(), lr=LR)
     trainer = InOrder(model=model, args=arguments(), train_dataset=rows, data_collator=pad, optimizers=(given, None))
@@ -253,6 +311,7 @@ def test_optimizers_of_ones_own(model, arguments, rows):
 
 def test_bf16_autocast(model, arguments, rows):
     trained, logged = run(model, arguments(bf16=True), rows, {"optimizer": "lomo"})
+    pickle.dumps(trained)  # torch.save(model)
     assert next(trained.parameters()).dtype == torch.float32
     expected, wanted = run(model, arguments(), rows, {"optimizer": "lomo"})
     assert [e["loss"] for e in logged] == pytest.approx([e["loss"] for e in wanted], rel=0.02)
@@ -262,9 +321,7 @@ def test_bf16_autocast(model, arguments, rows):
 
 def test_gradient_checkpointing_is_switched_off(model, arguments, rows):
     plain, _ = run(model, arguments(), rows, {"optimizer": "lomo"})
-    args = arguments(gradient_checkpointing=True)
-    trained, _ = run(model, args, rows, {"optimizer": "lomo"})
-    assert args.gradient_checkpointing is False
+    trained, _ = run(model, arguments(gradient_checkpointing=True), rows, {"optimizer": "lomo"})
     assert_same(trained, plain)
 
 
@@ -278,11 +335,15 @@ def test_what_cannot_work_is_refused(model, arguments, rows, caplog):
     refused("lowtide train --weights", weights="cpu")
     refused("max_grad_norm", clip_grad_norm=1.0)
     refused("torch_compile=True", {"torch_compile": True})
+    refused("dataloader_drop_last", {"dataloader_drop_last": True, "gradient_accumulation_steps": 2})
     refused("auto_find_batch_size=True", {"auto_find_batch_size": True})
     trainer = InOrder(model=model, args=arguments(), train_dataset=rows, data_collator=pad, optimizers=sgd(model))
     with pytest.raises(ValueError, match="given SGD, which cannot update in the backward pass"):
         fuse_trainer(trainer)
     trainer = InOrder(model=model, args=arguments(gradient_accumulation_steps=2), train_dataset=rows, data_collator=pad)
+    with pytest.raises(ValueError, match="given Lomo and fuse_trainer 'adamw'"):
+        given = (Lomo(model.parameters(), lr=LR), None)
+        fuse_trainer(InOrder(model=model, args=arguments(), data_collator=pad, optimizers=given), "adamw")
     trainer.data_collator = type("Flat", (), {"padding_free": True})()
     with pytest.raises(ValueError, match="padding_free=False.*per_device_train_batch_size=8"):
         fuse_trainer(trainer)

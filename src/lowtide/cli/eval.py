@@ -73,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sequences at a time, but for tasks (default: 8)",
     )
+    parser.add_argument(
+        "--data-cache",
+        metavar="DIR|none",
+        help="where tokens of --data are kept, as in lowtide train (default: in the user's cache directory)",
+    )
     parser.add_argument("--output", metavar="FILE", help="write the scores there as JSON; it must not exist")
     parser.add_argument(
         "--dtype",
@@ -190,7 +195,9 @@ def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     from ..data.inputs import find_inputs
     from ..data.loading import load_tokens
 
-    cache = TokenCache(default_cache_folder())
+    cache = None
+    if args.data_cache != "none":
+        cache = TokenCache(default_cache_folder() if args.data_cache is None else Path(args.data_cache).expanduser())
     store = load_tokens(find_inputs(args.data), tokenizer, args.max_seq_len, cache=cache)
     stats = store.all().stats()
     print(f"{stats.num_records} records, {stats.num_trained_tokens} tokens that count", flush=True)

@@ -30,6 +30,7 @@ from .store import TokenStore
 _logger = get_logger(__name__)
 
 _UNFINISHED = ".unfinished-"
+UNREADABLE = (ValueError, KeyError, TypeError, EOFError, OSError)  # what a damaged store may raise
 _STALE_S = 24 * 3600.0  # an unfinished entry as old as this belongs to no living process
 
 
@@ -38,17 +39,22 @@ def default_cache_folder() -> Path:
     own = os.environ.get("LOWTIDE_CACHE")
     if own:
         return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "lowtide"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "lowtide"
+    except RuntimeError:  # no home: there is no place, and load_tokens says so
+        return Path(os.devnull) / "lowtide"
 
 
-def content_key(inputs: Sequence[Input], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str:
-    """Hash of everything that decides what examples are made.
+def content_key(inputs: Sequence[Input], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str | None:
+    """Hash of everything that decides what examples are made; None for a slow tokenizer, which is code that cannot be hashed.
 
     Args:
         inputs: the data, of which every byte is read.
         tokenizer: what encodes it.
         settings: the rest, plain values.
     """
+    if not tokenizer.is_fast:
+        return None
     parts: dict[str, Any] = {
         "data": [each.digest() for each in inputs],
         "tokenizer": _tokenizer_facts(tokenizer),
@@ -71,7 +77,7 @@ def _digest_of_code() -> str:
 
 
 def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    backend = tokenizer.backend_tokenizer.to_str()
     settings = {
         name: value for name, value in tokenizer.init_kwargs.items() if not name.endswith(("_file", "name_or_path"))
     }
@@ -97,10 +103,11 @@ class TokenCache:
             return None
         try:
             store = TokenStore.open(folder)
-            os.utime(folder)  # used now
-        except (ValueError, KeyError, OSError) as error:
+        except UNREADABLE as error:
             _logger.warning("%s cannot be used (%s); the data is tokenised anew", folder, error)
             return None
+        with contextlib.suppress(OSError):  # the cache may be read-only
+            os.utime(folder)  # used now
         return store
 
     def new_folder(self) -> Path:
@@ -116,12 +123,22 @@ class TokenCache:
     def keep(self, written: Path, key: str) -> TokenStore:
         """Take in what was written in :meth:`new_folder`; removes what has not been used for longest, if there is too much."""
         folder = self.folder / key
-        if folder.exists():  # by another process meanwhile, or damaged
-            shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was faster: that is the same
-            written.rename(folder)
-        self.discard(written)
-        store = TokenStore.open(folder)
+        for _ in range(2):
+            try:
+                written.rename(folder)
+            except OSError:  # there is one, by another process meanwhile, or a damaged one
+                try:
+                    store = TokenStore.open(folder)
+                    break
+                except UNREADABLE:
+                    # Moved away first: at any moment what has the name is whole, or is this one.
+                    with contextlib.suppress(OSError):
+                        folder.rename(written.parent / "damaged")
+            else:
+                store = TokenStore.open(folder)
+                break
+        else:
+            store = TokenStore.open(written)  # mapped, so that it may be removed
         self._shrink(folder)
         return store
 
@@ -130,10 +147,12 @@ class TokenCache:
         shutil.rmtree(written.parent, ignore_errors=True)
 
     def _shrink(self, newest: Path) -> None:
-        entries = sorted((path.stat().st_mtime, path) for path in self.folder.iterdir() if _is_entry(path))
-        sizes = {path: sum(each.stat().st_size for each in path.iterdir()) for _, path in entries}
+        sizes, used = {}, {}
+        for path in filter(_is_entry, self.folder.iterdir()):
+            with contextlib.suppress(OSError):  # another process has removed it meanwhile
+                used[path], sizes[path] = path.stat().st_mtime, sum(each.stat().st_size for each in path.iterdir())
         total = sum(sizes.values())
-        for _, path in entries:
+        for path in sorted(sizes, key=used.__getitem__):
             if total <= self.limit_bytes:
                 return
             if path != newest:
@@ -145,7 +164,8 @@ class TokenCache:
     def _remove_stale(self) -> None:
         for path in self.folder.glob(f"{_UNFINISHED}*"):
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_S:
+                written = [path, *path.rglob("*")]  # a file that grows is as young as its last bytes
+                if time.time() - max(each.stat().st_mtime for each in written) > _STALE_S:
                     shutil.rmtree(path, ignore_errors=True)
 
 

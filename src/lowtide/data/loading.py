@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +83,11 @@ def load_tokens(
     if cache is None:
         return loading.make(StoreWriter(), tokenizer, max_seq_len, skip_bad)
     key = content_key(inputs, tokenizer, max_seq_len=max_seq_len, skip_bad=skip_bad)
+    if key is None:
+        logger.warning(
+            "tokens are kept in memory and not for the next start: the tokenizer is a slow one, without a tokenizer.json"
+        )
+        return loading.make(StoreWriter(), tokenizer, max_seq_len, skip_bad)
     found = cache.find(key)
     if found is not None:
         loading.tell_again(found)
@@ -141,23 +145,26 @@ class _Loading:
             if writer.folder is None or error.filename is not None:
                 raise
             raise OSError(
-                f"{writer.folder.parent}: the tokens of the data cannot be kept there ({error.strerror}): free some space, name "
+                f"{writer.folder.parent}: the tokens of the data cannot be kept there ({error.strerror or error}): free some space, name "
                 "another folder with data_cache, or none"
             ) from error
         finally:
-            writer.close()
             package.removeHandler(warnings)
+            writer.close()
         self.report(self.num_bytes, writer.num_tokens, done=True)
         return store
 
     def tell_again(self, store: TokenStore) -> None:
         """What was told when the store was made, with the names that the files have now."""
         info = store.info
-        old_names = [each["name"] for each in info["detected"]]
-        for old, new in zip(old_names, (each.name for each in self.inputs), strict=True):
-            if old != new:
-                text = json.dumps(info).replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1])
-                info = json.loads(text)
+        renamed = {each["name"]: given.name for each, given in zip(info["detected"], self.inputs, strict=True)}
+        info = {
+            **info,
+            "first": renamed.get(info["first"], info["first"]),
+            "detected": [{**each, "name": renamed[each["name"]]} for each in info["detected"]],
+            "bad": [_renamed(line, renamed) for line in info["bad"]],
+            "warnings": [(name, _renamed(line, renamed)) for name, line in info["warnings"]],
+        }
         store.info = info
         for each in info["detected"]:
             records.logger.info("%s", Detected(**each))
@@ -189,6 +196,14 @@ class _Loading:
         self.num_bad += 1
         if len(self.bad) < _SHOWN_BAD:
             self.bad.append(str(error))
+
+
+def _renamed(line: str, names: dict[str, str]) -> str:
+    """A message that begins with the name of a file and a colon, with the name of now."""
+    for old, new in names.items():
+        if line.startswith(f"{old}:"):
+            return new + line[len(old) :]
+    return line
 
 
 class _Warnings(logging.Handler):

@@ -190,14 +190,15 @@ def _pieces_of(record: Record) -> Iterator[Record]:
 
 
 def _cut(text: str) -> int:
-    """Where to cut a text that goes on: behind its last newline that a word follows; 0 for not yet.
+    """Where to cut a text that goes on: behind its last newline between words; 0 for not yet.
 
-    A text without such newlines is cut before a blank between words, or anywhere, rather than read as a whole.
+    A text without such newlines is cut before a blank between words, or anywhere, rather than read as a whole. Where white space
+    is longer than one character, tokenizers split it in ways that depend on what follows.
     """
     for mark, behind in (("\n", 1), (" ", 0)):
         at = len(text) - 1
         while (at := text.rfind(mark, 0, at)) > 0:
-            if not text[at + 1].isspace() and (behind or not text[at - 1].isspace()):
+            if not (text[at + 1].isspace() or text[at - 1].isspace()):
                 return at + behind
         if len(text) < _LONG:
             return 0

@@ -17,6 +17,7 @@ A store on disk is a directory:
 from __future__ import annotations
 
 import array
+import contextlib
 import hashlib
 import json
 import os
@@ -85,6 +86,12 @@ class TokenStore:
         path = folder / _TOKENS
         if path.stat().st_size != 4 * int(columns["lengths"].sum(dtype=numpy.int64)):
             raise ValueError(f"{path} is {path.stat().st_size} bytes long, which does not agree with its lengths")
+        if len({len(columns[name]) for name in ("lengths", "trained", "records", "truncated")}) != 1:
+            raise ValueError(f"{folder}: the columns are not of one length")
+        if len(columns["records"]) and not 0 <= columns["records"].min() <= columns["records"].max() < len(
+            columns["dropped"]
+        ):
+            raise ValueError(f"{folder}: an example of a record that is not there")
         return cls(numpy.memmap(path, numpy.int32, mode="r"), columns, meta["digest"], meta["info"], folder)
 
     @classmethod
@@ -227,7 +234,8 @@ class StoreWriter:
     def close(self) -> None:
         """Give up: nothing more is written. What is there stays."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # the disk is full: that has been told
+                self._file.close()
 
 
 def _flush(file: BinaryIO) -> None:

@@ -15,6 +15,8 @@ Methods of this one trainer are replaced; no class is changed. What its loop doe
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -73,12 +75,19 @@ def fuse_trainer(
         raise ValueError(
             "the Trainer moves the whole model to the device, so weights cannot live elsewhere: use lowtide train --weights for that"
         )
+    if isinstance(trainer.train, _Training):
+        raise ValueError("this trainer is on the fused engine already")
+    if trainer.optimizer is not None and optimizer is not None:
+        raise ValueError(
+            f"the Trainer was given {type(trainer.optimizer).__name__} and fuse_trainer {optimizer!r}: leave one of them out"
+        )
     if "clip_grad_norm" in options:
         raise ValueError("clip_grad_norm is TrainingArguments.max_grad_norm here: set it there")
     _check(trainer)
-    rows = _accumulate_in_micro_batches(trainer)
+    own_loss = type(trainer).compute_loss is not Trainer.compute_loss
+    rows = _accumulate_in_micro_batches(trainer, own_loss)
     options = {"micro_batch_size": micro_batch_size or rows, **options}
-    if type(trainer).compute_loss is not Trainer.compute_loss:
+    if own_loss:
         options.setdefault("chunked_loss", False)  # it may look at the logits; TRL has a fused head of its own
     _Fused(trainer, optimizer, rounding, options).install()
 
@@ -104,6 +113,12 @@ def _check(trainer: Any) -> None:
             f"the Trainer was given {type(trainer.optimizer).__name__}, which cannot update in the backward pass: leave optimizers= out, or "
             "give it one of lowtide's (Lomo, AdaLomo, PerParameter)"
         )
+    if args.dataloader_drop_last and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "dataloader_drop_last=True would drop whole steps, because the batches of a step become one: set it to False, or "
+            "gradient_accumulation_steps=1 with a larger per_device_train_batch_size"
+        )
+    trainer.args = copy.copy(args)  # what is changed below is not changed for others that have it
     _without_checkpointing(trainer)
 
 
@@ -125,8 +140,13 @@ def _without_checkpointing(trainer: Any) -> None:
             disable()
 
 
-def _accumulate_in_micro_batches(trainer: Any) -> int | None:
-    """One batch in place of several; returns how many rows each of them had, None for no accumulation."""
+def _accumulate_in_micro_batches(trainer: Any, own_loss: bool) -> int | None:
+    """One batch in place of several; returns how many rows each of them had, None for no accumulation.
+
+    Args:
+        trainer: the trainer.
+        own_loss: it computes its loss by itself.
+    """
     args = trainer.args
     number, rows = args.gradient_accumulation_steps, args.per_device_train_batch_size
     if number <= 1:
@@ -139,6 +159,13 @@ def _accumulate_in_micro_batches(trainer: Any) -> int | None:
     args.per_device_train_batch_size, args.gradient_accumulation_steps = rows * number, 1
     trainer._train_batch_size = args.train_batch_size
     trainer.accelerator.gradient_accumulation_steps = 1
+    is_trl = type(trainer).__module__.startswith("trl.")
+    if trainer.label_smoother is not None or trainer.compute_loss_func is not None or (own_loss and not is_trl):
+        _logger.warning(
+            "the loss is not the model's own: it gets all %d rows of a step at once, with all of their logits, and a mean over a batch is one over "
+            "the step. If that takes too much memory, lower gradient_accumulation_steps",
+            rows * number,
+        )
     _logger.info("%d batches of %d rows become one of %d in micro-batches of %d", number, rows, rows * number, rows)
     return int(rows)
 
@@ -157,8 +184,7 @@ class _Fused:
         self.trainer, self.kind, self.rounding, self.options = trainer, kind, rounding, options
         self.engine: Engine | None = None
         self._state: dict[str, Any] | None = None  # of an engine that has been removed
-        self._backward = trainer.accelerator.backward
-        self._clip = trainer.accelerator.clip_grad_norm_
+        self._accelerator: Any = None
         self._load = trainer._load_optimizer_and_scheduler
         self._save = trainer._save_optimizer_and_scheduler
 
@@ -166,16 +192,25 @@ class _Fused:
         """Put the methods below in the place of the trainer's."""
         trainer = self.trainer
         trainer.create_optimizer = self.create_optimizer
-        trainer.accelerator.backward = self.backward
-        trainer.accelerator.clip_grad_norm_ = self.clip_grad_norm
+        trainer.train = _Training(trainer.train, self)
         trainer._load_optimizer_and_scheduler = self.load
         trainer._save_optimizer_and_scheduler = self.save
         trainer.add_callback(_RemoveAtEnd(self))
+        self._take_over_accelerator()
+
+    def _take_over_accelerator(self) -> None:
+        """A hyperparameter search makes a new one for every trial."""
+        accelerator = self.trainer.accelerator
+        if accelerator is not self._accelerator:
+            self._accelerator = accelerator
+            self._backward, self._clip = accelerator.backward, accelerator.clip_grad_norm_
+            accelerator.backward, accelerator.clip_grad_norm_ = self.backward, self.clip_grad_norm
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """The optimizer, over the fused model."""
         trainer = self.trainer
         self.remove()
+        self._take_over_accelerator()
         model = trainer.model if model is None else model
         made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
         if made is None:
@@ -197,8 +232,12 @@ class _Fused:
         groups = [group for group in groups if group["params"]]
         if callable(self.kind):
             return self.kind(groups)
-        asked = getattr(args.optim, "value", args.optim)
+        asked = str(getattr(args.optim, "value", args.optim))
         name = self.kind or (asked if asked in ("lomo", "adalomo") else "adalomo")
+        if self.kind is None and asked != name and not asked.startswith("adamw_torch"):
+            _logger.warning(
+                "optim=%s is not used: the optimizer is adalomo, unless fuse_trainer is told another", asked
+            )
         if args.learning_rate == _DEFAULT_LR_OF_ARGUMENTS and name in _USUAL_LR:
             _logger.warning(
                 "learning_rate is TrainingArguments' default of 5e-5, which is one for AdamW: %s usually wants about %g",
@@ -237,7 +276,15 @@ class _Fused:
 
     def load(self, checkpoint: str | None) -> None:
         """The same back."""
+        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        settings = {name for group in optimizer.param_groups for name in group}
         self._load(checkpoint)
+        missing = sorted(settings.difference(*(group for group in optimizer.param_groups)))
+        if missing:
+            raise ValueError(
+                f"{checkpoint} has the state of another optimizer than {type(optimizer).__name__} (it lacks {', '.join(missing)}): resume with the optimizer "
+                "of the run, or train from its model"
+            )
         path = Path(checkpoint or ".") / ENGINE_FILE
         if checkpoint is not None and self.engine is not None and path.is_file():
             self.engine.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -246,8 +293,24 @@ class _Fused:
         """Model and optimizer are ordinary again; what the engine remembers is kept for the next time."""
         if self.engine is not None:
             self._state = self.engine.state_dict()
+            model = self.engine.model
             self.engine.remove()
             self.engine = None
+            model.__dict__.pop("_original_forward", None)  # accelerate's, of a forward that is gone with the engine
+
+
+class _Training:
+    """``trainer.train``, after which the model is an ordinary one, also after an error or Ctrl-C."""
+
+    def __init__(self, train: Callable[..., Any], fused: _Fused) -> None:
+        functools.update_wrapper(self, train)
+        self._train, self._fused = train, fused
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._train(*args, **kwargs)
+        finally:
+            self._fused.remove()
 
 
 class _RemoveAtEnd(TrainerCallback):

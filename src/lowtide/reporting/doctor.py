@@ -32,7 +32,7 @@ OPTIONAL = {
     "matplotlib": ("plots of lowtide plan and --find-lr", "demo"),
 }
 # Least versions, as pyproject.toml has them. With torch 2.11 and 2.12 the engine works, but was tested less.
-NEEDED = {"torch": (2, 13), "transformers": (5, 17)}
+NEEDED = {"torch": "2.13", "transformers": "5.17"}
 _USABLE = 0.9  # of what is free now, as in `lowtide train --weights auto`
 
 # Sizes that people ask about; the larger ones are the shapes of LLaMA (arXiv 2302.13971, table 2), the second is TinyLlama's.
@@ -121,9 +121,9 @@ def look_at_machine(directory: Path) -> Machine:
         directory: an existing one, on the disk that a working copy of the weights would be on.
     """
     names = ("lowtide", "torch", "transformers", "safetensors", "datasets", "accelerate")
-    found = {name: importlib.metadata.version(name) for name in names}
+    found = {name: _version(name) or "missing" for name in names}
     too_old = {
-        name: ".".join(map(str, least)) for name, least in NEEDED.items() if _numbers(found[name])[: len(least)] < least
+        name: least for name, least in NEEDED.items() if found[name] == "missing" or _is_older(found[name], least)
     }
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -180,6 +180,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = version.split("+")[0].split(".")
-    return tuple(int(part) for part in parts if part.isdigit())
+def _is_older(version: str, least: str) -> bool:
+    from packaging.version import Version
+
+    return Version(version).release < Version(least).release  # a release candidate will do
