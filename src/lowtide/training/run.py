@@ -28,6 +28,7 @@ from .planned import Placement, place_as_set, plan_placement
 from .report import Reporter
 from .schedule import make_schedule
 from .setup import check_disk, count_steps, resolve_device
+from .trackers import require_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,6 +144,7 @@ def prepare(
     device = resolve_device(config.device)
     if config.lora_rank:
         require_peft()
+    require_trackers(config.track)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     found = find_data(config)
