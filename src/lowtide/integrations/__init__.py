@@ -1,1 +1,1 @@
-"""Doors from other software into lowtide: one module each, imported by name only."""
+"""lowtide inside of tools that people use already."""

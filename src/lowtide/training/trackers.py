@@ -231,6 +231,9 @@ class _Mlflow:
         import mlflow
 
         if not os.environ.get("MLFLOW_TRACKING_URI"):
+            os.environ.setdefault(
+                "MLFLOW_ALLOW_FILE_STORE", "true"
+            )  # MLflow 3 asks for it; a database needs more packages
             mlflow.set_tracking_uri((folder / "mlflow").resolve().as_uri())
         self._client = mlflow.MlflowClient()
         self._run = _run_id(folder, "mlflow")
