@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowtide.training import read_events
@@ -162,3 +163,25 @@ def test_an_output_directory_that_is_not_empty_is_left_alone(lowtide, model_dir,
     assert len(result.err) == 1
     assert f"{output} is not empty" in result.err[0]
     assert [(path.name, path.read_text()) for path in output.iterdir()] == [("model", "precious")]
+
+
+def test_trackers_are_one_flag(lowtide, model_dir, task, tmp_path):
+    output = tmp_path / "out"
+    arguments = (
+        "train",
+        "--model",
+        model_dir,
+        "--data",
+        task,
+        "--output",
+        output,
+        "--dtype",
+        "float32",
+        "--max-steps",
+        "1",
+    )
+    done = lowtide(*arguments, "--device", "cpu", "--max-seq-len", "32", "--track", "tensorboard")
+    assert done.code == 0 and len(list((output / "trackers" / "tensorboard").iterdir())) == 1
+    assert yaml.safe_load((output / "config.yaml").read_text())["track"] == ["tensorboard"]
+    wrong = lowtide(*arguments, "--track", "tensorboard", "wandbb")
+    assert wrong.code == 2 and "did you mean wandb?" in wrong.err[-1]

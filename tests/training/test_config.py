@@ -53,6 +53,8 @@ def test_defaults_are_valid():
         ({"clip": "adaptive", "optimizer": "lomo", "clip_grad_norm": 0.0}, "needs clip_grad_norm"),
         ({"clip_memory": "2GiB"}, "clip_memory is for clip exact"),
         ({"clip_memory": "2 potatoes", "clip_grad_norm": 1.0}, "clip_memory: '2 potatoes' is not a number of bytes"),
+        ({"track": ["tensorbord"]}, r"track must be one of tensorboard, .*did you mean tensorboard\?"),
+        ({"track": [""]}, "track must be one of"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:x"}, "device must be auto"),
     ],

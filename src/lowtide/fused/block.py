@@ -196,7 +196,7 @@ class _RunBlock(torch.autograd.Function):
         finally:  # after an error, too: what has been updated is updated
             updated = not engine.measuring and not all(slot.shared for slot in call.runner.slots)
             (home.write_back if updated else home.release)(block)
-        call.done = call.done or not engine.measuring
+        call.done = True  # also when only measured: a forward pass that follows is another graph of the same step
         return (None, None, *grads)
 
 

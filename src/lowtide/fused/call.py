@@ -56,7 +56,7 @@ class Call:
         self.random_states: list[RandomState] = []
         self.autocast = autocast_state(self.device.type)
         self.step = runner.engine.step_number
-        self.done = False  # its gradients have been used
+        self.done = False  # its gradients have been used, or measured
         self.kept = False  # they were kept in the first of two passes
         self.output_spec: Any = None
         self.output_leaves: list[Any] = []

@@ -84,7 +84,7 @@ class Engine(BackwardPass):
 
     # The user's side ------------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, total_norm: float | None = None) -> None:
         """Back-propagate ``loss`` and update every parameter on the way. Then call ``step()`` on each optimizer.
 
         With exact ``clip_grad_norm`` the graph is walked twice, first for the norm alone. A loss that is not finite, or a norm
@@ -92,6 +92,7 @@ class Engine(BackwardPass):
 
         Args:
             loss: zero-dimensional, with a graph.
+            total_norm: of its gradients, where :meth:`measure_norm` has measured it: exact clipping walks the graph once then.
 
         Raises:
             RuntimeError: the step before this one was not closed by ``optimizer.step()``, or the loss has no graph.
@@ -107,8 +108,8 @@ class Engine(BackwardPass):
             return
         if self.loss_scale is not None:
             loss = loss.float() * self.loss_scale.scale
-        if self._two_passes:
-            self._measure_and_update(loss)
+        if self._two_passes or (total_norm is not None and self.adaptive is None):
+            self._measure_and_update(loss, total_norm)
         else:
             self._begin()
             self._run(loss)
@@ -120,17 +121,45 @@ class Engine(BackwardPass):
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=not finite)
 
-    def _measure_and_update(self, loss: Tensor) -> None:
-        norm = self._measure(loss)
+    def measure_norm(self, loss: Tensor) -> float:
+        """The 2-norm of the gradients of ``loss``. No weight changes, no step begins, and the graph is kept.
+
+        It is what exact clipping measures, and :meth:`backward` takes it as ``total_norm``, for this loss or another with
+        the same gradients. A loss that is not finite has the norm NaN. With ``clip="adaptive"`` it cannot be used.
+
+        Args:
+            loss: as for :meth:`backward`; not scaled.
+
+        Raises:
+            RuntimeError, ValueError: as in :meth:`backward`; or clipping is adaptive.
+        """
+        check_loss(loss)
+        self._refuse_second_backward()
+        if self.adaptive is not None:
+            raise RuntimeError("measure_norm is for exact clipping: adaptive clipping measures by itself")
+        if not math.isfinite(float(loss.detach())):
+            return math.nan
+        kept, self._kept = self._kept, None  # the gradients would be those of this graph, and another may follow
+        try:
+            return self._measure(loss if self.loss_scale is None else loss.float() * self.loss_scale.scale)
+        finally:
+            self._kept = kept
+
+    def _measure_and_update(self, loss: Tensor, known: float | None) -> None:
+        if known is None:
+            norm = self._measure(loss)
+        else:
+            norm, self._norm = known, GradNorm(known)
+            if self._kept is not None:
+                self._kept.drop()
         if not math.isfinite(norm):
             self._skip_step(f"the gradient norm is {norm}")
         else:
-            assert self.clip_grad_norm is not None
-            coefficient = clip_coefficient(norm, self.clip_grad_norm)
+            coefficient = 1.0 if self.clip_grad_norm is None else clip_coefficient(norm, self.clip_grad_norm)
             if self.adaptive is not None:
                 self.adaptive.warm_up(coefficient)
             self._begin(coefficient, self._norm)
-            if self._kept is None or not self._kept.fits:
+            if known is not None or self._kept is None or not self._kept.fits:
                 self._run(loss)
             self._apply_kept()
         self._close_backward()

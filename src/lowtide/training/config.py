@@ -19,6 +19,7 @@ BAD_RECORDS = ("refuse", "skip")
 ON_SAVE_ERROR = ("continue", "stop")
 ON_BAD_STEPS = ("stop", "rollback")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 DTYPES = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 
 # The same rates serve float32 and 16-bit weights, because 16-bit weights are rounded stochastically: an update that is
@@ -39,7 +40,7 @@ GROUPS = (MODEL_AND_DATA, OPTIMISATION, ADAPTERS, MEMORY, OUTPUT, SAFETY)
 # They may differ from those of the checkpoint that is resumed: the weights and losses are the same.
 FREE_TO_CHANGE = (
     "output", "data_cache", "data_cache_size", "eval_every", "log_every", "weights", "clip_memory", "save_every", "keep_checkpoints", "on_save_error", "resume",
-    "allow_changes", "max_bad_steps", "on_bad_steps", "trust_remote_code",
+    "allow_changes", "max_bad_steps", "on_bad_steps", "trust_remote_code", "track",
 )  # fmt: skip
 ABOUT_RESUMING = ("resume", "allow_changes")  # how a process began, not a setting of the run
 
@@ -269,6 +270,15 @@ class TrainConfig:
     )
     log_every: int = _option(
         OUTPUT, "steps between two lines of progress where the output is not a terminal", default=10
+    )
+    track: Sequence[str] = _option(
+        OUTPUT,
+        "where the numbers of the run go beside metrics.jsonl, one or more of "
+        + ", ".join(TRACKERS)
+        + "; each is a package of its "
+        "own, as in pip install 'lowtide[tensorboard]'",
+        metavar="TRACKER",
+        default=(),
     )
 
     save_every: str | None = _option(

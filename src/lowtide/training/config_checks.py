@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+from collections.abc import Sequence
 
 from .config import (
     ADAPTERS,
@@ -17,6 +18,7 @@ from .config import (
     OPTIMIZERS,
     ROUNDINGS,
     SCHEDULES,
+    TRACKERS,
     TrainConfig,
 )
 
@@ -55,11 +57,11 @@ def _check_present(config: TrainConfig) -> None:
     for name in ("model", "output"):
         if not getattr(config, name):
             raise ValueError(f"{name} must not be empty")
-    for name in ("data", "eval_data", "lora_targets"):
+    for name in ("data", "eval_data", "lora_targets", "track"):
         paths = getattr(config, name)
         if isinstance(paths, str):
             setattr(config, name, [paths])
-        elif paths is not None and not all(paths):
+        elif paths is not None and name != "track" and not all(paths):
             raise ValueError(f"{name} must not contain an empty {'name' if name == 'lora_targets' else 'path'}")
     if not config.data:
         raise ValueError("data must name at least one file")
@@ -90,12 +92,9 @@ def _check_choices(config: TrainConfig) -> None:
         ("rounding", (*ROUNDINGS, None)),
         ("attention", (*ATTENTIONS, None)),
     ):
-        value = getattr(config, name)
-        if value not in allowed:
-            words = [word for word in allowed if word is not None]
-            nearest = difflib.get_close_matches(str(value), words, n=1)
-            hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-            raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}{hint}")
+        _check_choice(name, getattr(config, name), allowed)
+    for value in config.track:
+        _check_choice("track", value, TRACKERS)
     places = ("device", "cpu", "auto")
     if config.weights not in places and os.sep not in config.weights and not os.path.isdir(config.weights):
         raise ValueError(
@@ -105,6 +104,14 @@ def _check_choices(config: TrainConfig) -> None:
     kind, _, index = config.device.partition(":")
     if not (config.device in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdigit())):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}")
+
+
+def _check_choice(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
+    if value not in allowed:
+        words = [word for word in allowed if word is not None]
+        nearest = difflib.get_close_matches(str(value), words, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}{hint}")
 
 
 def _check_ranges(config: TrainConfig) -> None:

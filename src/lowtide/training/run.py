@@ -31,6 +31,7 @@ from .report import Reporter, program_bytes
 from .resume import versions
 from .schedule import make_schedule
 from .setup import check_disk, count_steps, resolve_device
+from .trackers import require_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,6 +151,7 @@ def prepare(
     device = resolve_device(config.device)
     if config.lora_rank:
         require_peft()
+    require_trackers(config.track)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     found = find_data(config)

@@ -7,6 +7,7 @@ that takes long is loaded, and the output directory is made only when training c
     metrics.jsonl  one event a line (see ``events.py``)
     checkpoints/   what the run goes on from after an interruption (see ``checkpoint.py``)
     model/         the trained model, which plain transformers opens
+    trackers/      with ``track``: what a tracker keeps of the run (see ``trackers.py``)
     adapter/       with LoRA: the adapters alone, which are merged into the model (see ``adapters.py``)
 """
 
@@ -48,6 +49,7 @@ from .resume import (
 from .run import Run, prepare
 from .saver import Saver
 from .setup import check_output, without_cache
+from .trackers import Trackers
 
 _logger = get_logger(__name__)
 
@@ -100,7 +102,7 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
         FileExistsError: the output directory is not empty.
         MemoryError: the weights do not fit in memory.
         OSError: the disk is full or failed.
-        ModuleNotFoundError: there are to be adapters, and peft is not installed.
+        ModuleNotFoundError: there are to be adapters, and peft is not installed; or a tracker is not.
         RuntimeError: the loss stayed not finite for many steps. No model is saved then.
     """
     config.validate()
@@ -182,6 +184,8 @@ def _run(
         listeners.append(log)
         if on_event is not None:
             listeners.append(on_event)
+        if config.track:
+            listeners.append(stack.enter_context(Trackers(config.track, output)))
         if show_progress:
             listeners.append(stack.enter_context(ConsoleProgress(log_every=config.log_every)))
         saver = Saver(run, output, log, guard)
