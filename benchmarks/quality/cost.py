@@ -29,7 +29,8 @@ FIELDS = (
     "date", "commit", "machine", "torch", "transformers", "task", "method", "steps", "batch_size", "threads", "round", "baseline_bytes",
     "peak_bytes", "step_s",
 )  # fmt: skip
-METHODS = [method for method in GRID if method != "zero-shot"]
+CHECKPOINTED = "adamw, checkpointed"  # with gradient checkpointing, as one does for want of memory
+METHODS = [*(method for method in GRID if method != "zero-shot"), CHECKPOINTED]
 WARM_UP = 5
 
 
@@ -47,21 +48,23 @@ def measure(task: str, method: str, options: argparse.Namespace) -> dict[str, An
     _warm_up()
     baseline = resident_bytes()
     options.step_ends = []
-    train = train_plain if method in ("adamw", "sgd") else train_lowtide
+    train = train_plain if method in ("adamw", CHECKPOINTED, "sgd") else train_lowtide
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        train(method, GRID[method][0], 0, options, path, tokenizer, items, Path(folder))
+        options.checkpointing = method == CHECKPOINTED
+        plain = method.partition(",")[0]
+        train(plain, GRID[plain][0], 0, options, path, tokenizer, items, Path(folder))
         peak = peak_resident_bytes()
     ends = options.step_ends[WARM_UP - 1 :]
     seconds = [end - start for start, end in itertools.pairwise(ends)]
     return {"baseline_bytes": baseline, "peak_bytes": peak, "step_s": round(statistics.median(seconds), 4)}
 
 
-def costs_of(task: str, results: Path = COSTS) -> dict[str, tuple[float, float]]:
+def costs_of(task: str, batch_size: int, results: Path = COSTS) -> dict[str, tuple[float, float]]:
     """By method: the largest peak above the baseline in bytes, and the median seconds of a step."""
     if not results.exists():
         return {}
     with results.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["task"] == task]
+        rows = [row for row in csv.DictReader(file) if row["task"] == task and row["batch_size"] == str(batch_size)]
     found = {}
     for method in METHODS:
         own = [row for row in rows if row["method"] == method]
@@ -99,8 +102,8 @@ def main() -> None:
             found = json.loads(ended.stdout.splitlines()[-1])
             write(options, {"task": options.task, "method": method, "round": number, **found})
             print(f"{method}: {found}, {time.perf_counter() - started:.0f} s in all", flush=True)
-    for method, (peak, seconds) in costs_of(options.task, options.results).items():
-        print(f"{method:13} {peak / 1e9:.2f} GB  {seconds:.2f} s a step")
+    for method, (peak, seconds) in costs_of(options.task, options.batch_size, options.results).items():
+        print(f"{method:19} {peak / 1e9:.2f} GB  {seconds:.2f} s a step")
 
 
 def write(options: argparse.Namespace, row: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ Data: $LOWTIDE_DATA, else ../shared/data (see its README). TREC: Li and Roth 200
 
 Methods: zero-shot; lora (AdamW, rank 8, on q and v), lora+lomo (the same beside Lomo for the weights), lomo, adalomo; lomo-bf16 and
 adalomo-bf16, with the weights in bfloat16; adamw and sgd are plain PyTorch: all gradients kept, clip_grad_norm_ 1, no lowtide in the loop.
-All but the two are float32. There sgd and lomo compute the same, so sgd is the control.
+All but the two are float32. The plain ones keep all activations, as such loops do, where lowtide recomputes its blocks; cost.py also measures AdamW
+with gradient checkpointing. Everything is clipped to norm 1, adalomo too, which does not need it. In float32 sgd and lomo compute the same, so sgd is the control.
 Warm-up over a tenth of the steps, then linearly to zero, for all of them.
 """
 
@@ -54,7 +55,7 @@ GRID = {
 TASKS = ("trec", "cb", "copa", "rte", "wic", "wsc", "multirc", "boolq")
 NUM_DEV, NUM_TEST, WARMUP = 500, 500, 0.1
 FIELDS = (
-    "date", "commit", "machine", "torch", "transformers", "task", "method", "lr", "seed", "steps", "batch_size", "num_dev", "dev_accuracy",
+    "date", "commit", "machine", "torch", "transformers", "model", "max_seq_len", "task", "method", "lr", "seed", "steps", "batch_size", "num_dev", "dev_accuracy",
     "num_test", "test_accuracy", "majority", "peak_bytes", "baseline_bytes", "train_s",
 )  # fmt: skip
 
@@ -186,6 +187,8 @@ def train_plain(
     optimizer = rule(model.parameters(), lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, make_schedule("linear", options.steps, WARMUP))
     model.config.use_cache = False
+    if getattr(options, "checkpointing", False):
+        model.gradient_checkpointing_enable()
     for batch in _endless(batches, options.steps):
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -214,10 +217,11 @@ def _endless(batches: Any, count: int) -> Iterator[dict[str, Any]]:
 def compare(task: str, method: str, options: argparse.Namespace) -> None:
     """Do what is missing of one method: the grid with seed 0, then the other seeds with the best rate."""
     rates = list(GRID[method]) if options.rates is None or method == "zero-shot" else options.rates
+    grows = method != "zero-shot" and options.rates is None
     for lr in rates:
         in_process(task, method, lr, 0, options)
-    for _ in range(0 if method == "zero-shot" or options.rates is not None else 2):
-        lr = best_rate(task, method, options)
+    for _ in range(2 if grows else 0):
+        lr = best_rate(task, method, rates, options)
         if lr not in (min(rates), max(rates)):
             break
         rates.append(lr / 2 if lr == min(rates) else lr * 2)
@@ -252,6 +256,8 @@ def in_process(task: str, method: str, lr: float, seed: int, options: argparse.N
         "seed": seed,
         "steps": options.steps,
         "batch_size": options.batch_size,
+        "model": name_of(options),
+        "max_seq_len": options.max_seq_len,
         **found,
     }
     new = not options.results.exists()
@@ -270,8 +276,16 @@ def rows_of(options: argparse.Namespace, task: str, method: str) -> list[dict[st
         return []
     with options.results.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    wanted = {"task": task, "method": method, "steps": str(options.steps), "batch_size": str(options.batch_size)}
+    wanted = {
+        "task": task, "method": method, "steps": str(options.steps), "batch_size": str(options.batch_size), "model": name_of(options),
+        "max_seq_len": str(options.max_seq_len),
+    }  # fmt: skip
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def name_of(options: argparse.Namespace) -> str:
+    """Of the model, as rows have it."""
+    return options.model or "SmolLM2-135M-Instruct, Q4_1 dequantised"
 
 
 def facts() -> dict[str, str]:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from cost import costs_of
+from cost import CHECKPOINTED, costs_of
 from run import GRID, TASKS, best_rate, rows_of
 
 LEARNT_ERRORS = 2.0  # a task is learnable if AdamW beats the most frequent answer by so many standard errors
@@ -49,11 +49,11 @@ class Result:
 def results(options: argparse.Namespace) -> Iterator[Result]:
     """All that have a row, task by task."""
     for task in TASKS:
-        costs = costs_of(task)
+        costs = costs_of(task, options.batch_size)
         for method in GRID:
             if not rows_of(options, task, method):
                 continue
-            best = best_rate(task, method, options)
+            best = best_rate(task, method, None, options)
             rows = [row for row in rows_of(options, task, method) if float(row["lr"]) == best]
             scores = [100 * float(row["test_accuracy"]) for row in rows]
             peak, seconds = costs.get(method, (None, None))
@@ -88,6 +88,13 @@ def table(options: argparse.Namespace) -> str:
             f"| {each.task} | {each.method} | {each.lr:g} | {each.mean:.1f}{spread} | {len(each.scores)} | {each.majority:.1f} | {memory} | "
             f"{share} | {seconds} |"
         )
+    for task in dict.fromkeys(each.task for each in found):
+        costs = costs_of(task, options.batch_size)
+        if {CHECKPOINTED, "adamw"} <= costs.keys():
+            peak, seconds = costs[CHECKPOINTED]
+            lines.append(
+                f"| {task} | {CHECKPOINTED} | | | | | {peak / 1e9:.2f} | {peak / costs['adamw'][0]:.0%} | {seconds:.2f} |"
+            )
     tasks = dict.fromkeys(each.task for each in found)
     lines += ["", f"Learnt by AdamW: {', '.join(task for task in tasks if learnable(found, task)) or 'none'}. Not learnt: "
               f"{', '.join(task for task in tasks if not learnable(found, task)) or 'none'}."]  # fmt: skip
