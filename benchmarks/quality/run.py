@@ -227,15 +227,22 @@ def compare(task: str, method: str, options: argparse.Namespace) -> None:
         rates.append(lr / 2 if lr == min(rates) else lr * 2)
         in_process(task, method, rates[-1], 0, options)
     for seed in range(1, 1 if method == "zero-shot" else options.seeds):
-        in_process(task, method, best_rate(task, method, options), seed, options)
+        in_process(task, method, best_rate(task, method, rates, options), seed, options)
 
 
-def best_rate(task: str, method: str, options: argparse.Namespace) -> float:
-    """By dev accuracy with seed 0; of equal ones the smallest."""
+def best_rate(task: str, method: str, rates: list[float] | None, options: argparse.Namespace) -> float:
+    """By dev accuracy with seed 0; of equal ones the smallest.
+
+    Args:
+        task: the task.
+        method: the method.
+        rates: those to choose from; None for all that there are.
+        options: of the command line.
+    """
     tried = {
         float(row["lr"]): float(row["dev_accuracy"]) for row in rows_of(options, task, method) if row["seed"] == "0"
     }
-    return max(sorted(tried), key=tried.__getitem__)
+    return max(sorted(tried if rates is None else rates), key=tried.__getitem__)
 
 
 def in_process(task: str, method: str, lr: float, seed: int, options: argparse.Namespace) -> None:
