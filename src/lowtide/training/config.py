@@ -271,14 +271,14 @@ class TrainConfig:
     log_every: int = _option(
         OUTPUT, "steps between two lines of progress where the output is not a terminal", default=10
     )
-    track: Sequence[str] = _option(
+    track: Sequence[str] | None = _option(
         OUTPUT,
         "where the numbers of the run go beside metrics.jsonl, one or more of "
         + ", ".join(TRACKERS)
         + "; each is a package of its "
         "own, as in pip install 'lowtide[tensorboard]'",
         metavar="TRACKER",
-        default=(),
+        default=None,
     )
 
     save_every: str | None = _option(

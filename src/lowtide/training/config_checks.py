@@ -93,7 +93,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("attention", (*ATTENTIONS, None)),
     ):
         _check_choice(name, getattr(config, name), allowed)
-    for value in config.track:
+    for value in config.track or ():
         _check_choice("track", value, TRACKERS)
     places = ("device", "cpu", "auto")
     if config.weights not in places and os.sep not in config.weights and not os.path.isdir(config.weights):

@@ -151,7 +151,7 @@ def prepare(
     device = resolve_device(config.device)
     if config.lora_rank:
         require_peft()
-    require_trackers(config.track)
+    require_trackers(config.track or ())
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     found = find_data(config)
