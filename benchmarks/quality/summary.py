@@ -95,7 +95,7 @@ def table(options: argparse.Namespace) -> str:
             lines.append(
                 f"| {task} | {CHECKPOINTED} | | | | | {peak / 1e9:.2f} | {peak / costs['adamw'][0]:.0%} | {seconds:.2f} |"
             )
-    tasks = dict.fromkeys(each.task for each in found)
+    tasks = dict.fromkeys(each.task for each in found if each.method == "adamw")
     lines += ["", f"Learnt by AdamW: {', '.join(task for task in tasks if learnable(found, task)) or 'none'}. Not learnt: "
               f"{', '.join(task for task in tasks if not learnable(found, task)) or 'none'}."]  # fmt: skip
     return "\n".join(lines)
