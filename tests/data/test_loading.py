@@ -462,5 +462,4 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     large, num_large, num_tokens = peak(32_000)
     assert (num_small, num_large) == (2_000, 32_000)
     # 30000 more records are 25 MB of text and 61 MB of tokens, lists of them ten times that.
-    print(small, large)
     assert large - small < 8_000_000 < 4 * num_tokens

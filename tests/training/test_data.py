@@ -5,7 +5,6 @@ from transformers import AutoTokenizer
 
 from lowtide.data import encode_records, read_records, split_held_out
 from lowtide.data.cache import TokenCache
-from lowtide.training import TrainConfig
 from lowtide.training.data import find_data, load_data, token_cache
 from tiny_files import write_jsonl
 
@@ -120,7 +119,3 @@ def test_where_tokens_are_kept(make_config, tokenizer, tmp_path, monkeypatch):
     cached, fresh = (load_data(make_config(data_cache=str(name)), tokenizer).train for name in (tmp_path / "c", "none"))
     assert cached.fingerprint == fresh.fingerprint
     assert list((tmp_path / "c" / "tokens").iterdir())
-
-
-def test_the_defaults_are_documented():
-    assert TrainConfig.data_cache is None

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from ..fusing import Engine, fuse
 from ..log import get_logger
@@ -84,6 +84,8 @@ def fuse_trainer(
     if "clip_grad_norm" in options:
         raise ValueError("clip_grad_norm is TrainingArguments.max_grad_norm here: set it there")
     _check(trainer)
+    trainer.args = copy.copy(trainer.args)  # what is changed below is not changed for others that have them
+    _without_checkpointing(trainer)
     own_loss = type(trainer).compute_loss is not Trainer.compute_loss
     rows = _accumulate_in_micro_batches(trainer, own_loss)
     options = {"micro_batch_size": micro_batch_size or rows, **options}
@@ -118,8 +120,6 @@ def _check(trainer: Any) -> None:
             "dataloader_drop_last=True would drop whole steps, because the batches of a step become one: set it to False, or "
             "gradient_accumulation_steps=1 with a larger per_device_train_batch_size"
         )
-    trainer.args = copy.copy(args)  # what is changed below is not changed for others that have it
-    _without_checkpointing(trainer)
 
 
 def _without_checkpointing(trainer: Any) -> None:
@@ -195,7 +195,6 @@ class _Fused:
         trainer.train = _Training(trainer.train, self)
         trainer._load_optimizer_and_scheduler = self.load
         trainer._save_optimizer_and_scheduler = self.save
-        trainer.add_callback(_RemoveAtEnd(self))
         self._take_over_accelerator()
 
     def _take_over_accelerator(self) -> None:
@@ -311,13 +310,3 @@ class _Training:
             return self._train(*args, **kwargs)
         finally:
             self._fused.remove()
-
-
-class _RemoveAtEnd(TrainerCallback):
-    """Takes the engine away when training has ended, so that the model is like any other."""
-
-    def __init__(self, fused: _Fused) -> None:
-        self.fused = fused
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.fused.remove()

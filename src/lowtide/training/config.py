@@ -360,18 +360,18 @@ class TrainConfig:
     @property
     def data_cache_size_bytes(self) -> int:
         """``data_cache_size`` in bytes."""
-        try:
-            return parse_bytes(self.data_cache_size)
-        except ValueError as error:
-            raise ValueError(f"data_cache_size: {error}") from None
+        return self._bytes("data_cache_size")
 
     @property
     def clip_memory_bytes(self) -> int:
         """``clip_memory`` in bytes."""
+        return self._bytes("clip_memory")
+
+    def _bytes(self, name: str) -> int:
         try:
-            return parse_bytes(self.clip_memory)
+            return parse_bytes(getattr(self, name))
         except ValueError as error:
-            raise ValueError(f"clip_memory: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
 
     def rows_at_once(self, packing: bool) -> int | None:
         """``micro_batch_size``; 1 if sequences are packed for flash attention, which transformers lets see documents in a single row only.
