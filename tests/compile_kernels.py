@@ -16,7 +16,7 @@ from lowtide.optim.kernels.lomo import lomo_kernel
 
 SIXTEEN_BIT = {"bf16": "i16", "fp16": "bf16"}  # dtype of the weight: dtype of its compensation
 BLOCKS = {"BLOCK": 1024, "BLOCK_ROWS": 4, "BLOCK_COLS": 256}
-COUNTS = {"numel": "i64", "num_rows": "i32", "rows": "i32", "cols": "i32", "key": "i32"}
+COUNTS = {"numel": "i64", "num_rows": "i32", "rows": "i32", "cols": "i32", "key": "i32", "start": "i64"}
 
 
 def compiled(kernel, dtype, rounding):

@@ -12,6 +12,7 @@ SOURCE = Path(lowtide.__file__).parent
 FLOORS = {
     "units": 0,
     "log": 0,
+    "ranks": 0,
     "optim": 1,
     "fused": 2,
     "weights": 3,
@@ -19,6 +20,7 @@ FLOORS = {
     "models": 4,
     "data": 4,
     "fusing": 4,
+    "sharding": 4,
     "training": 5,
     "evaluation": 5,
     "reporting": 5,
@@ -28,6 +30,8 @@ FLOORS = {
     "__main__": 6,
 }
 SAME_FLOOR = {
+    ("sharding", "models"),  # the same
+    ("fusing", "sharding"),  # takes what was looked at before a model was sharded
     ("fusing", "models"),  # finds the blocks and the head of a Hugging Face model
     ("planning", "weights"),  # counts the buffers that weights from elsewhere visit
     ("training", "evaluation"),  # the loop evaluates

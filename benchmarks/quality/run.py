@@ -12,8 +12,8 @@ an interrupted comparison goes on where it was.
 Data: $LOWTIDE_DATA, else ../shared/data (see its README). TREC: Li and Roth 2002, 500 of the training questions are dev. SuperGLUE: at most
 1000 training examples and 500 of each other split, drawn by seed 0; the test split is the official validation file.
 
-Methods: zero-shot; lora (AdamW, rank 8, on q and v), lora+lomo (the same beside Lomo for the weights), lomo, adalomo; lomo-bf16 and
-adalomo-bf16, with the weights in bfloat16; adamw and sgd are plain PyTorch: all gradients kept, clip_grad_norm_ 1, no lowtide in the loop.
+Methods: zero-shot; lora (AdamW, rank 8, on q and v), lora+lomo (the same beside Lomo for the weights), lomo, adalomo; the same with -bf16, with
+the weights in bfloat16 (adapters are float32 always); adamw and sgd are plain PyTorch: all gradients kept, clip_grad_norm_ 1, no lowtide in the loop.
 All but the two are float32. The plain ones keep all activations, as such loops do, where lowtide recomputes its blocks; cost.py also measures AdamW
 with gradient checkpointing. Everything is clipped to norm 1, adalomo too, which does not need it. In float32 sgd and lomo compute the same, so sgd is the control.
 Warm-up over a tenth of the steps, then linearly to zero, for all of them.
@@ -44,7 +44,9 @@ RESULTS = HERE.parent / "results" / "quality.csv"
 GRID = {
     "zero-shot": (0.0,),
     "lora": (5e-4, 1e-3, 2e-3),
+    "lora-bf16": (5e-4, 1e-3, 2e-3),
     "lora+lomo": (0.05, 0.1, 0.2),
+    "lora+lomo-bf16": (0.05, 0.1, 0.2),
     "lomo": (0.1, 0.2, 0.4),
     "adalomo": (5e-4, 1e-3, 2e-3),
     "lomo-bf16": (0.1, 0.2, 0.4),
@@ -145,13 +147,14 @@ def train_lowtide(
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps({"prompt": i.prompt, "completion": i.choices[i.gold]}) + "\n" for i in items))
     adapters: dict[str, Any] = {}
+    only_adapters = method in ("lora", "lora-bf16")
     if "lora" in method:
-        adapters = {"lora_rank": 8, "lora_targets": ["q_proj", "v_proj"], "lora_lr": lr if method == "lora" else 5e-4}
+        adapters = {"lora_rank": 8, "lora_targets": ["q_proj", "v_proj"], "lora_lr": 5e-4 if "lomo" in method else lr}
     config = TrainConfig(
         model=path, data=[str(data)], output=str(folder / "out"), eval_fraction=0, max_seq_len=options.max_seq_len, max_steps=options.steps,
         batch_size=options.batch_size, seed=seed, dtype="bfloat16" if method.endswith("-bf16") else "float32", warmup_ratio=WARMUP, schedule="linear", threads=options.threads,
-        clip_grad_norm=1.0, device="cpu", optimizer="adalomo" if method.startswith("adalomo") else "lomo", lr=None if method == "lora" else lr,
-        lora_only=method == "lora", **adapters,
+        clip_grad_norm=1.0, device="cpu", optimizer="adalomo" if method.startswith("adalomo") else "lomo", lr=None if only_adapters else lr,
+        lora_only=only_adapters, **adapters,
     )  # fmt: skip
     ends = getattr(options, "step_ends", [])
     on_event = lambda event: ends.append(time.perf_counter()) if event["event"] == "train" else None  # noqa: E731

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from .fused import LossScale
     from .fusing import Engine, fuse
     from .optim import AdaLomo, Lomo, PerParameter
+    from .sharding import shard
 
 __version__ = "0.1.0"
-__all__ = ["AdaLomo", "Engine", "Lomo", "LossScale", "PerParameter", "__version__", "fuse"]
+__all__ = ["AdaLomo", "Engine", "Lomo", "LossScale", "PerParameter", "__version__", "fuse", "shard"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +28,10 @@ def __getattr__(name: str) -> Any:
         from .fusing import Engine, fuse
 
         globals().update(fuse=fuse, Engine=Engine)
+    elif name == "shard":
+        from .sharding import shard
+
+        globals().update(shard=shard)
     elif name == "LossScale":
         from .fused import LossScale
 

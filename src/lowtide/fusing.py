@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 from .fused import AdaptiveClip, LossScale
 from .fused import Engine as _Engine
 from .fused.checks import check_model, check_optimizers
-from .models.blocks import find_blocks, resolve_blocks
+from .models.blocks import find_blocks, outer_modules, resolve_blocks
 from .models.chunked_loss import ChunkedLoss, HeadForward
 from .models.lora import adapted_layers, bare_model
 from .models.shards import parts_of
+from .optim.shards import is_sharded
+from .sharding import chunked_loss_of
 from .weights import HostInputs, MixedHome, by_name, place
 from .weights.layout import Part
 
@@ -175,6 +177,9 @@ def fuse(
     wanted = _only_real_moves(_wanted_homes(weights), compute_device)
     if wanted and adapted_layers(model):
         raise ValueError("a model with adapters of peft must live where it is computed: use weights='device'")
+    sharded = any(is_sharded(param) for param in model.parameters())
+    if sharded and wanted:
+        raise ValueError("a sharded model's weights live on its ranks: use weights='device', or lowtide.shard(..., offload=True)")
     outer, head = _outer_blocks(model, found) if wanted else ([], None)
     found = [*outer[:1], *found, *outer[1:]]
     home = place(model, found, by_name(model, found, wanted), compute_device)
@@ -202,9 +207,12 @@ def fuse(
         home.close()
         raise
     engine.home, engine.head = home, head
-    if chunked_loss and (loss := ChunkedLoss.of(model)) is not None:
+    if chunked_loss and (loss := chunked_loss_of(model) if sharded else ChunkedLoss.of(model)) is not None:
         loss.install()
-        engine.chunked_loss = loss
+        engine.chunked_loss, loss.ranks = loss, engine.ranks
+        if sharded:  # only a call of the head gathers its weights
+            engine.head = HeadForward(loss.head)
+            engine.head.install()
     return engine
 
 
@@ -253,17 +261,9 @@ def _outer_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[list[n
         raise ValueError(
             "weights can only live elsewhere in blocks, and none were found in this model: name them with fuse(..., blocks=['layers'])"
         )
-    inside = {id(module) for block in blocks for module in block.modules()}
-    hf_model: Any = model
-    embedding = hf_model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    head = hf_model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    outer: list[nn.Module] = [
-        module
-        for module, kind in ((embedding, nn.Embedding), (head, nn.Linear))
-        if isinstance(module, kind) and id(module) not in inside
-    ]
-    if len(outer) == 2 and isinstance(head, nn.Linear):
-        return outer, HeadForward(head)
+    outer = outer_modules(model, blocks)
+    if len(outer) == 2:
+        return outer, HeadForward(outer[1])  # type: ignore[arg-type]
     return [], None
 
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..optim.shards import is_sharded
 from .call import Call
 from .matmul16 import fast_matmuls
 from .replay import keep_random_state
+from .sharded import UnshardedSums
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -79,6 +81,8 @@ class BlockRunner:
                 )
         self.block, self.engine, self.home, self.micro_batch_size = block, engine, home, micro_batch_size
         self.weight = next((param for param in block.parameters() if param.dim() >= 2), None)
+        sharded = any(is_sharded(param) for param in block.parameters())
+        self.sums = UnshardedSums(block) if sharded and micro_batch_size is not None else None
         self.slots: list[Slot] = []
         self.calls: weakref.WeakSet[Call] = weakref.WeakSet()  # whose graph is alive
         self.original = block.forward
@@ -187,9 +191,12 @@ class _RunBlock(torch.autograd.Function):
         try:
             with keep_random_state(call.device), engine.block_backward(call.runner), fast_matmuls(call.runner.weight):
                 for number, micro_batch in enumerate(call.micro_batches):
-                    engine.accumulate(number < len(call.micro_batches) - 1)
+                    more_to_come = number < len(call.micro_batches) - 1
+                    engine.accumulate(more_to_come)
                     inputs = _recompute(call, number, tensors, needs_grad, grad_outputs)
                     _gather_grads(call, micro_batch, tensors, inputs, grads)
+                    if more_to_come and call.runner.sums is not None:
+                        call.runner.sums.add()
                 for slot in call.runner.slots:
                     if not slot.shared:
                         slot.flush()  # had a gradient from an earlier micro-batch but none from the last

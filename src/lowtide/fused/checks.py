@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim import FusibleOptimizer
+from ..optim.shards import is_sharded, shard_axes
 
 _SMALLEST_LOSS_SCALE = 128.0  # no AMP scaler starts lower; a user's own loss weights are rarely such powers of two
 
@@ -17,7 +18,8 @@ def check_model(model: nn.Module) -> None:
     """Refuse wrappers that would reduce or scale gradients after they are used, and checkpointing that nests.
 
     Raises:
-        ValueError: the model is wrapped in DDP, FSDP1 or DataParallel, or uses gradient checkpointing of transformers.
+        ValueError: the model is wrapped in DDP, FSDP1 or DataParallel, or uses gradient checkpointing of transformers; several
+            processes take part and a parameter is not sharded, or along another dimension than the first.
         RuntimeError: the model is fused already.
     """
     wrapper = type(model).__name__
@@ -28,10 +30,15 @@ def check_model(model: nn.Module) -> None:
         )
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ValueError(
-            f"{distributed.get_world_size()} processes take part, and this version does not exchange gradients between them, so "
-            "that the ranks would drift apart: train in one process"
-        )
+        whole = [name for name, param in model.named_parameters() if param.requires_grad and not is_sharded(param)]
+        if whole:
+            raise ValueError(
+                f"{distributed.get_world_size()} processes take part, and gradients of {whole[0]} would not be exchanged between "
+                "them, so that the ranks would drift apart: call lowtide.shard(model) before the optimizer is made"
+            )
+    for param in model.parameters():
+        if is_sharded(param):
+            shard_axes(param)
     if getattr(model, "_lowtide_engine", None) is not None:
         raise RuntimeError("this model is fused already: call engine.remove() on its engine first")
     for name, module in model.named_modules():

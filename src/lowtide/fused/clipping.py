@@ -54,6 +54,13 @@ class GradNorm:
         self.sum_squares += norm * norm
         return norm
 
+    def take(self, norm: float | Tensor) -> None:
+        """Take in the norm of one gradient that was measured elsewhere: a number, or zero-dimensional and not read."""
+        if isinstance(norm, Tensor):
+            self._norms.append(norm)
+        else:
+            self.sum_squares += norm * norm
+
     def value(self) -> float:
         """The norm over everything added; reading it waits for the device. 0.0 if nothing was added."""
         if self._value is None:

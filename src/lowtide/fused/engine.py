@@ -16,13 +16,16 @@ from torch.optim import Optimizer
 
 from ..log import get_logger
 from ..optim import FusibleOptimizer
+from ..optim.shards import is_sharded
+from ..ranks import Ranks
 from .block import BlockInputs, BlockRunner, Home
 from .checks import check_loss, check_model, check_optimizers
 from .clipping import AdaptiveClip, GradNorm, clip_coefficient
 from .kept import KeptGradients
 from .loss_scale import LossScale
 from .passes import BackwardPass
-from .slot import make_slots, mark_shared
+from .sharded import form_groups, make_slots
+from .slot import mark_shared
 
 _logger = get_logger(__name__)
 
@@ -73,6 +76,9 @@ class Engine(BackwardPass):
         self._waiting: set[Optimizer] = set()  # have not closed the step of the last backward pass
         self._warned_lost = False
         self._slots = make_slots(self, self.optimizers)
+        form_groups(list(self._slots.values()), model)
+        if any(is_sharded(param) for param in self._slots):
+            self.ranks = Ranks()
         self._unhooked = [p for o in optimizers for g in o.param_groups for p in g["params"] if not p.requires_grad]
         self._runners = [
             BlockRunner(block, self, home, None if block in whole_batch else micro_batch_size) for block in blocks
@@ -101,9 +107,9 @@ class Engine(BackwardPass):
         check_loss(loss)
         self._refuse_second_backward()
         value = float(loss.detach())
-        if not math.isfinite(value):
+        if not self.ranks.all(math.isfinite(value)):
             self._norm = GradNorm(math.nan)
-            self._skip_step(f"the loss is {value}")
+            self._skip_step(f"the loss is {value}" if self.ranks.size == 1 else "the loss is not finite on some rank")
             self._close_backward()
             return
         if self.loss_scale is not None:
@@ -137,7 +143,7 @@ class Engine(BackwardPass):
         self._refuse_second_backward()
         if self.adaptive is not None:
             raise RuntimeError("measure_norm is for exact clipping: adaptive clipping measures by itself")
-        if not math.isfinite(float(loss.detach())):
+        if not self.ranks.all(math.isfinite(float(loss.detach()))):
             return math.nan
         kept, self._kept = self._kept, None  # the gradients would be those of this graph, and another may follow
         try:
@@ -262,6 +268,7 @@ class Engine(BackwardPass):
         if not self._waiting and not self._open:
             return  # step() without a backward pass does nothing, as in torch
         if self._open:
+            self.arrived.drop()
             for slot in self._slots.values():
                 slot.drop()  # left behind by a backward pass that was broken off
         if any(param.grad is not None for param in self._unhooked):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..optim.base import SIXTEEN_BIT
+from ..optim.shards import largest_part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,4 +74,4 @@ def _grad_bytes(slot: Slot) -> int:
     in_micro_batches = slot.runner is not None and slot.runner.micro_batch_size is not None
     summed = (slot.always_shared and not slot.in_own_dtype) or in_micro_batches
     dtype = torch.float32 if summed and slot.param.dtype in SIXTEEN_BIT else slot.param.dtype
-    return slot.param.numel() * dtype.itemsize
+    return largest_part(slot.param) * dtype.itemsize

@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 
 from ..log import get_logger
 from ..optim.prepare import Prepare
+from ..ranks import ALONE
 from .clipping import AdaptiveClip, GradNorm
 from .kept import KeptGradients
 from .loss_scale import LossScale
+from .sharded import Arrived
 
 if TYPE_CHECKING:
     from ..optim import FusibleOptimizer
@@ -59,6 +61,8 @@ class BackwardPass:
         # Gradients on an accelerator are not looked at one by one, which would make the host wait: a flag on each device
         # remembers that one was not finite, and turns the updates that follow into nothing.
         self._broken: dict[torch.device, Tensor] = {}
+        self.ranks = ALONE  # that take part; the engine knows
+        self.arrived = Arrived(self)  # sharded gradients that wait for others
         self._reads_norms = True  # where the host has not to wait for them; tests take the accelerator's path on a CPU
 
     def _refuse_second_backward(self) -> None:
@@ -78,7 +82,7 @@ class BackwardPass:
         self._begin()
         self._graph_task = torch._C._current_graph_task_id()
         # Without engine.backward nobody has looked at the loss; a broken one shows in the first gradient it sends back.
-        if grad is not None and not _is_finite(grad):
+        if grad is not None and not self.ranks.all(_is_finite(grad)):
             self._norm = GradNorm(math.nan)
             self._skip_step("the gradient of the loss is not finite")
         Variable._execution_engine.queue_callback(self._close_backward)
@@ -140,6 +144,7 @@ class BackwardPass:
             with self._weights_at_hand(runner):
                 for slot in slots:
                     slot.flush()
+        self.arrived.flush()
 
     @torch.no_grad()
     def _apply_kept(self) -> None:
@@ -150,6 +155,7 @@ class BackwardPass:
                 for slot, grad in grads:
                     slot.apply(grad)
                     del grad  # before the next is handed out
+        self.arrived.flush()
 
     @contextmanager
     def _weights_at_hand(self, runner: BlockRunner | None) -> Iterator[None]:
@@ -166,6 +172,7 @@ class BackwardPass:
     def _drop_all(self) -> None:
         for slot in self._slots.values():
             slot.drop()
+        self.arrived.drop()
         if self._kept is not None:
             self._kept.drop()
         if self.adaptive is not None:
@@ -183,10 +190,21 @@ class BackwardPass:
 
     def measure(self, slot: Slot, grad: Tensor) -> None:
         """A complete gradient in the first of two passes."""
-        if self.clip_grad_value is not None:  # the norm is that of what will be applied
+        self.clamp_measured(grad)
+        self._note_measured(slot, grad, self._norm.read(grad) if grad.is_cpu and self._reads_norms else self._norm.add(grad))
+
+    def measured(self, slot: Slot, grad: Tensor, norm: float | Tensor) -> None:
+        """The same where its norm is known, after :meth:`clamp_measured`: a number, or zero-dimensional on the device."""
+        self._norm.take(norm)
+        self._note_measured(slot, grad, norm)
+
+    def clamp_measured(self, grad: Tensor) -> None:
+        """The norm is that of what will be applied."""
+        if self.clip_grad_value is not None:
             limit = min(self.clip_grad_value / self._inv_scale, torch.finfo(grad.dtype).max)
             grad.clamp_(-limit, limit)
-        norm = self._norm.read(grad) if grad.is_cpu and self._reads_norms else self._norm.add(grad)
+
+    def _note_measured(self, slot: Slot, grad: Tensor, norm: float | Tensor) -> None:
         if self.adaptive is not None:
             self.adaptive.measured(slot.param, norm)
         if self._kept is not None:
@@ -198,7 +216,14 @@ class BackwardPass:
             return self._prepare
         if not (grad.is_cpu and self._reads_norms):
             return self._prepare_on_device(slot, self._norm.add(grad))
-        norm = self._norm.read(grad)
+        return self._prepare_on_host(slot, self._norm.read(grad))
+
+    def prepare_with(self, slot: Slot, norm: float | Tensor) -> Prepare | None:
+        """The same in a single pass, where the norm of the gradient is known: a number, or zero-dimensional on the device."""
+        self._norm.take(norm)
+        return self._prepare_on_device(slot, norm) if isinstance(norm, Tensor) else self._prepare_on_host(slot, norm)
+
+    def _prepare_on_host(self, slot: Slot, norm: float) -> Prepare | None:
         if not math.isfinite(norm):
             self._found_broken()
             return None
@@ -275,4 +300,4 @@ class BackwardPass:
 
 def _is_finite(tensor: Tensor) -> bool:
     # Two reductions to one number each: no temporary of the tensor's size, as torch.isfinite(tensor) would make.
-    return bool(torch.isfinite(tensor.amax()) & torch.isfinite(tensor.amin()))
+    return tensor.numel() == 0 or bool(torch.isfinite(tensor.amax()) & torch.isfinite(tensor.amin()))

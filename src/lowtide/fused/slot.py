@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..optim import FusibleOptimizer
 from ..optim.base import SIXTEEN_BIT
+from ..optim.shards import is_sharded
 from .clipping import vector_norm
 
 if TYPE_CHECKING:
@@ -120,18 +121,26 @@ class Slot:
         if engine._measuring:
             engine.measure(self, grad)
             return
-        if self.step == engine._step:
-            raise RuntimeError(
-                "a parameter got a second gradient in one backward pass, after its update. Either the loss uses weights of a "
-                "block directly (a regulariser): use fuse(..., blocks=[]). Or its module is used several times under "
-                "reentrant checkpointing: use use_reentrant=False."
-            )
+        self.refuse_second()
         prepare = engine.prepare(self, grad)
         if engine._skip:
             return
         self.step = engine._step
         engine._num_updated += 1
         self.optimizer.update_param(self.param, grad, self.optimizer.param_groups[self.group_index], prepare)
+
+    def refuse_second(self) -> None:
+        """A parameter is updated once in a step.
+
+        Raises:
+            RuntimeError: it has been updated in this one.
+        """
+        if self.step == self.engine._step:
+            raise RuntimeError(
+                "a parameter got a second gradient in one backward pass, after its update. Either the loss uses weights of a "
+                "block directly (a regulariser): use fuse(..., blocks=[]). Or its module is used several times under "
+                "reentrant checkpointing: use use_reentrant=False."
+            )
 
     def _refuse_nested(self) -> None:
         self.param.grad = None
@@ -140,17 +149,6 @@ class Slot:
             "backward (shared modules would be updated with part of their gradient). Use use_reentrant=False, or "
             "switch checkpointing off: lowtide's blocks recompute their activations already."
         )
-
-
-def make_slots(engine: Engine, optimizers: Sequence[FusibleOptimizer]) -> dict[Tensor, Slot]:
-    """A slot for every trainable parameter that the optimizers hold."""
-    return {
-        param: Slot(engine, param, optimizer, index)
-        for optimizer in optimizers
-        for index, group in enumerate(optimizer.param_groups)
-        for param in group["params"]
-        if param.requires_grad
-    }
 
 
 def mark_shared(slots: dict[Tensor, Slot], runners: Sequence[BlockRunner], model: nn.Module) -> None:
@@ -172,5 +170,8 @@ def mark_shared(slots: dict[Tensor, Slot], runners: Sequence[BlockRunner], model
         slot.in_own_dtype = slot.always_shared and slot not in in_micro_batches
     for slot in slots.values():
         slot.simple = (
-            not slot.shared and slot.runner is None and slot.param.is_cpu and slot.param.dtype not in SIXTEEN_BIT
+            not (slot.shared or is_sharded(slot.param))
+            and slot.runner is None
+            and slot.param.is_cpu
+            and slot.param.dtype not in SIXTEEN_BIT
         )

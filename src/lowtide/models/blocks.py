@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -52,3 +53,16 @@ def resolve_blocks(model: nn.Module, blocks: Iterable[nn.Module | str]) -> list[
             raise ValueError(f"blocks overlap: a {type(block).__name__} shares modules with another block")
         owners |= parts
     return unique
+
+
+def outer_modules(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Embedding and head of a Hugging Face model, those of them that are ordinary ones outside of its blocks."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    hf_model: Any = model
+    embedding = hf_model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head = hf_model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        module
+        for module, kind in ((embedding, nn.Embedding), (head, nn.Linear))
+        if isinstance(module, kind) and id(module) not in inside
+    ]

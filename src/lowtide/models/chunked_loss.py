@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..log import get_logger
+from ..ranks import ALONE, Ranks
 from .lora import bare_model
-from .loss import linear_cross_entropy
+from .loss import IGNORE_INDEX, linear_cross_entropy
 
 _logger = get_logger(__name__)
 
@@ -46,6 +47,7 @@ class ChunkedLoss:
 
     def __init__(self, model: Any, scale: float = 1.0, softcap: float | None = None) -> None:
         self.model, self.scale, self.softcap = model, scale, softcap
+        self.ranks: Ranks = ALONE  # over whose tokens the mean is taken
         self.original = model.forward
         self._replaced = model.__dict__.get("forward")
         self._parameters = inspect.signature(self.original).parameters
@@ -65,6 +67,12 @@ class ChunkedLoss:
         scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
         candidate = cls(model, float(scale), getattr(text, "final_logit_softcapping", None))
         return candidate if candidate._agrees() else None
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output head."""
+        found: nn.Linear = self.model.get_output_embeddings()
+        return found
 
     def install(self) -> None:
         """Use this loss whenever the model is called with labels in training."""
@@ -103,15 +111,19 @@ class ChunkedLoss:
         hidden = outputs.last_hidden_state
         if shifted is None:
             hidden, shifted = hidden[:, :-1], labels[:, 1:]
-        head = self.model.get_output_embeddings()
+        head = self.head
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
-        options["reduction"] = "mean" if num_items_in_batch is None else "sum"
+        over_ranks = num_items_in_batch is None and self.ranks.size > 1
+        options["reduction"] = "mean" if num_items_in_batch is None and not over_ranks else "sum"
         shifted = shifted.to(hidden.device)
         if isinstance(head.__dict__.get("_lowtide_loss"), HeadForward):  # its weights may be away: it is a block
             total = head(hidden, shifted, **options)
         else:
             total = linear_cross_entropy(hidden, head.weight, shifted, bias=head.bias, **options)
-        loss = total if num_items_in_batch is None else total / num_items_in_batch
+        if over_ranks:
+            loss = _MeanOverRanks.apply(total, (shifted != IGNORE_INDEX).sum())
+        else:
+            loss = total if num_items_in_batch is None else total / num_items_in_batch
         return CausalLMOutputWithPast(
             loss=loss,
             hidden_states=getattr(outputs, "hidden_states", None),
@@ -150,6 +162,24 @@ class ChunkedLoss:
             else:
                 base.forward = kept
         return torch.allclose(expected, found, rtol=1e-2, atol=1e-3)
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """Of sums and counts, one on each rank, the quotient of their totals, everywhere; one collective call.
+
+    Its gradient is that of the quotient times the number of ranks, because FSDP2 takes the mean of the ranks' gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, count: Tensor) -> Tensor:
+        both = torch.stack((total.double(), count.double()))
+        torch.distributed.all_reduce(both)
+        ctx.factor = torch.distributed.get_world_size() / both[1]
+        return (both[0] / both[1]).to(total.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return (grad * ctx.factor).to(grad.dtype), None
 
 
 class HeadForward:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..weights.cloning import can_clone
 from ..weights.layout import Part
+from ..weights.sharding import whole_tensor
 from ..weights.safetensors_file import Entry, clone_file, read_pieces, write_file
 from .blocks import find_blocks
 from .lora import base_names
@@ -87,7 +88,7 @@ def parts_of(model: torch.nn.Module, known: Sequence[Part] = ()) -> list[Part]:
 def _own(model: torch.nn.Module, names: tuple[str, ...]) -> Part:
     def load() -> dict[str, Tensor]:
         state = _state(model)
-        return {name: state[name] for name in names}
+        return {name: whole_tensor(state[name]) for name in names}
 
     return Part(names, load)
 

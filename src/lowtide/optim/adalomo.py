@@ -2,26 +2,30 @@
 
 The second moment is factored over the last two dimensions as in Adafactor (Shazeer & Stern 2018, arXiv 1804.04235):
 R holds a running mean of g^2 over each row, C over each column, and R C^T / mean(R) stands for the full moment. The
-update is normalised to a root mean square of at most ``clip_threshold`` and scaled by that of the parameter.
+update is normalised to a root mean square of at most ``clip_threshold`` and scaled by that of the parameter. Where ranks hold some
+rows each of a parameter, the means over it are made of their sums: two small collective calls.
 
-Shape letters: L = product of all dimensions before the last two, M = rows, N = columns.
+Shape letters: L = product of all dimensions before the last two, M = rows, N = columns; l and m of them are here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import kernels
-from .base import SIXTEEN_BIT, FusibleOptimizer, compute_dtype, prepared
+from .base import SIXTEEN_BIT, SummedOptimizer, compute_dtype, prepared
 from .prepare import Prepare
 from .rounding import paired_slices, slice_numel
+from .shards import is_sharded, like_param, local_part
+
+_ROW, _COL = "exp_avg_sq_row", "exp_avg_sq_col"  # their names in the state
 
 
-class AdaLomo(FusibleOptimizer):
+class AdaLomo(SummedOptimizer):
     """Adaptive learning rates per element at the memory cost of SGD; needs no tuning of clipping.
 
     For step t = 1, 2, ...: ``beta = 1 - t**decay_rate``; ``R = beta R + (1 - beta) mean_col(g^2 + eps)``;
@@ -79,7 +83,9 @@ class AdaLomo(FusibleOptimizer):
         if not -1.0 <= group["decay_rate"] < 0.0:
             raise ValueError(f"decay_rate must lie in [-1, 0), got {group['decay_rate']}")
 
-    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:
+    def _steps(
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None
+    ) -> Iterator[list[Tensor]]:
         if param.numel() == 0:
             return
         state = self.state[param]
@@ -87,15 +93,17 @@ class AdaLomo(FusibleOptimizer):
             self._init_state(param, state)
         state["step"] += 1
         beta = 1.0 - state["step"] ** group["decay_rate"]
-        pieces = (_Factored if param.dim() >= 2 else _Full)(param, grad, state, prepare)
-        pieces.update_moments(beta, group["eps"])
-        update_rms, param_rms = pieces.root_mean_squares()
+        pieces = (_Factored if param.dim() >= 2 else _Full)(param, local_part(grad), state, prepare)
+        yield from pieces.update_moments(beta, group["eps"])
+        sums = pieces.sums_of_squares()
+        yield list(sums)
         # Both stay tensors on the device: reading them would make the host wait once a parameter.
+        update_rms, param_rms = ((square / param.numel()).sqrt_() for square in sums)
         lr = group["lr"] * param_rms.clamp_(min=group["param_scale_min"])
         update_scale = lr / (update_rms / group["clip_threshold"]).clamp_(min=1.0)
         decay = 1.0 - lr * group["weight_decay"] if group["weight_decay"] else None
         writer = self._writer(param, group, state["step"]) if param.dtype in SIXTEEN_BIT else None
-        if writer is not None and kernels.wanted(param, grad):
+        if writer is not None and kernels.wanted(pieces.param, pieces.grad):
             options = {} if prepare is None else prepare.kernel_options
             matrices, grads, row, col = pieces.factors()
             kernels.adalomo_step(
@@ -111,20 +119,32 @@ class AdaLomo(FusibleOptimizer):
                 writer.write(param_slice, value, offset)
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        zeros: dict[str, Any] = {"dtype": compute_dtype(param), "device": param.device}
+        local = local_part(param)
+
+        def zeros(entry: str, local_shape: Sequence[int], shape: Sequence[int]) -> Tensor:
+            found = torch.zeros(local_shape, dtype=compute_dtype(param), device=local.device)
+            return like_param(param, found, shape) if self.state_is_sharded(param, entry, torch.Size(shape)) else found
+
         state["step"] = 0
         if param.dim() >= 2:
-            state["exp_avg_sq_row"] = torch.zeros(param.shape[:-1], **zeros)
-            state["exp_avg_sq_col"] = torch.zeros((*param.shape[:-2], param.shape[-1]), **zeros)
+            state[_ROW] = zeros(_ROW, local.shape[:-1], param.shape[:-1])
+            col_shape = (*param.shape[:-2], param.shape[-1])
+            state[_COL] = zeros(_COL, col_shape if param.dim() == 2 else (local.shape[0], *col_shape[1:]), col_shape)
         else:
-            state["exp_avg_sq"] = torch.zeros(param.shape, **zeros)
+            state["exp_avg_sq"] = zeros("exp_avg_sq", local.shape, param.shape)
+
+    def state_is_sharded(self, param: Tensor, entry: str, shape: torch.Size) -> bool:
+        """See :class:`FusibleOptimizer`. A matrix has one mean for every column over all rows, which every rank keeps."""
+        if entry == _ROW or (entry == _COL and param.dim() > 2):
+            return is_sharded(param)
+        return entry != _COL and super().state_is_sharded(param, entry, shape)
 
 
 class _Full:
     """A parameter with fewer than two dimensions: one second moment an element."""
 
     def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], prepare: Prepare | None) -> None:
-        self.param, self.moment = param, state["exp_avg_sq"]
+        self.param, self.moment = local_part(param), local_part(state["exp_avg_sq"])
         self.grad, self.prepare = grad, prepare
         self.numel = slice_numel(param.device)
 
@@ -133,18 +153,19 @@ class _Full:
             moment = self.moment if param is self.param else self.moment[offset : offset + param.numel()]
             yield param, prepared(grad, self.moment.dtype, self.prepare), moment, offset
 
-    def update_moments(self, beta: float, eps: float) -> None:
+    def update_moments(self, beta: float, eps: float) -> Iterator[list[Tensor]]:
         for _, grad, moment, _ in self._slices():
             moment.mul_(beta).add_(grad.square().add_(eps), alpha=1.0 - beta)
+        yield from ()
 
-    def root_mean_squares(self) -> tuple[Tensor, Tensor]:
+    def sums_of_squares(self) -> tuple[Tensor, Tensor]:
+        """(of the update, of the parameter), over the rows that are here."""
         update_sum = torch.zeros((), dtype=self.moment.dtype, device=self.param.device)
         param_sum = torch.zeros_like(update_sum)
         for param, grad, moment, _ in self._slices():
             update_sum += (grad.square() / moment).sum()
             param_sum += param.to(moment.dtype).square().sum()
-        count = self.param.numel()
-        return (update_sum / count).sqrt_(), (param_sum / count).sqrt_()
+        return update_sum, param_sum
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """(parameter, gradient, None, what each element of it is multiplied with)."""
@@ -156,55 +177,65 @@ class _Full:
 
 
 class _Factored:
-    """A parameter with two or more dimensions, seen as L matrices of M x N.
+    """A parameter with two or more dimensions, seen as L matrices of M x N, of which m rows of one or l whole ones are here.
 
     Slices hold several whole matrices where they are small (experts, convolutions), else rows of one matrix.
     """
 
     def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], prepare: Prepare | None) -> None:
-        rows, cols = param.shape[-2:]
-        self.param, self.prepare = param, prepare
-        # Strides that do not merge into [L, M, N] (channels-last convolutions) are worked on in a copy.
-        self.matrices = param.reshape(-1, rows, cols)
-        self.copied = self.matrices.data_ptr() != param.data_ptr()
-        self.grads = grad.reshape(-1, rows, cols)
-        self.row = state["exp_avg_sq_row"].view(-1, rows)
-        self.col = state["exp_avg_sq_col"].view(-1, cols)
+        self.param, self.grad, self.prepare = local_part(param), grad, prepare
+        cols = param.shape[-1]
+        self.rows = param.shape[-2]  # of a whole matrix
+        rows = self.param.shape[-2]  # that are here
+        count = self.param.shape[:-2].numel()
+        # Strides that do not merge into [l, m, N] (channels-last convolutions) are worked on in a copy.
+        self.matrices = self.param.reshape(count, rows, cols)
+        self.copied = self.matrices.data_ptr() != self.param.data_ptr()
+        self.grads = grad.reshape(count, rows, cols)
+        self.row = local_part(state[_ROW]).view(count, rows)
+        self.col = local_part(state[_COL]).view(count, cols)
+        self.parts_of_matrices = rows != self.rows or (is_sharded(param) and param.dim() == 2)
         self.numel = slice_numel(param.device)
+        self.row_mean = self.row  # replaced in update_moments
 
     def _slices(self) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
         """((matrices, rows), float32 gradient [l, m, N]) in the order of the flattened parameter."""
         count, rows, cols = self.matrices.shape
         num_rows = max(1, min(rows, self.numel // cols))
-        num_matrices = max(1, self.numel // (rows * cols)) if num_rows == rows else 1
+        num_matrices = max(1, self.numel // (num_rows * cols)) if num_rows >= rows else 1
         for matrix in range(0, count, num_matrices):
             for row in range(0, rows, num_rows):
                 where = slice(matrix, matrix + num_matrices), slice(row, row + num_rows)
                 yield where, prepared(self.grads[where], self.row.dtype, self.prepare)
 
-    def update_moments(self, beta: float, eps: float) -> None:
+    def update_moments(self, beta: float, eps: float) -> Iterator[list[Tensor]]:
         col_sum = torch.zeros_like(self.col)
         for where, grad in self._slices():
             squared = grad.square().add_(eps)
             self.row[where].mul_(beta).add_(squared.mean(dim=2), alpha=1.0 - beta)
             col_sum[where[0]] += squared.sum(dim=1)
-        self.col.mul_(beta).add_(col_sum, alpha=(1.0 - beta) / self.matrices.shape[1])
+        if self.parts_of_matrices:
+            row_sum = self.row.sum(dim=1, keepdim=True)
+            yield [col_sum, row_sum]
+            self.row_mean = row_sum / self.rows
+        else:
+            self.row_mean = self.row.mean(dim=1, keepdim=True)
+        self.col.mul_(beta).add_(col_sum, alpha=(1.0 - beta) / self.rows)
 
-    def root_mean_squares(self) -> tuple[Tensor, Tensor]:
+    def sums_of_squares(self) -> tuple[Tensor, Tensor]:
+        """(of the update, of the parameter), over the rows that are here."""
         update_sum = torch.zeros((), dtype=self.row.dtype, device=self.row.device)
         param_sum = torch.zeros_like(update_sum)
-        row_mean = self.row.mean(dim=1, keepdim=True)
         for where, grad in self._slices():
             # u^2 summed along a row is a product of g^2 with the reciprocal column moments: no u is made for it.
             by_row = grad.square().matmul(self.col[where[0]].reciprocal().unsqueeze(-1)).squeeze(-1)
-            update_sum += by_row.mul_(row_mean[where[0]]).div_(self.row[where]).sum()
+            update_sum += by_row.mul_(self.row_mean[where[0]]).div_(self.row[where]).sum()
             param_sum += self.matrices[where].to(self.row.dtype).square().sum()
-        count = self.param.numel()
-        return (update_sum / count).sqrt_(), (param_sum / count).sqrt_()
+        return update_sum, param_sum
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """(parameter [L, M, N], gradient [L, M, N], what each row [L, M] and each column [L, N] is multiplied with)."""
-        row = (self.row / self.row.mean(dim=1, keepdim=True)).rsqrt_()
+        """(parameter [l, m, N], gradient [l, m, N], what each row [l, m] and each column [l, N] is multiplied with)."""
+        row = (self.row / self.row_mean).rsqrt_()
         return self.matrices, self.grads, row, self.col.rsqrt()
 
     def updates(self) -> Iterator[tuple[Tensor, Tensor, int]]:

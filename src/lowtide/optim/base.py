@@ -6,7 +6,7 @@ ordinary ``step()``, and the fused engine the moment a gradient is complete. So 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,11 @@ from torch.optim import Optimizer
 from .lost_updates import LostUpdates
 from .prepare import Prepare
 from .rounding import ROUNDINGS, mix_key
+from .shards import first_element, is_sharded, local_part, sum_over_shards
 from .writing import Compensated, Nearest, Stochastic, Writer
 
+# Parameter, gradient, its parameter group, and what is done to the gradient first.
+Update = tuple[Tensor, Tensor, dict[str, Any], Prepare | None]
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 ROUNDING_STEP = "rounding_step"  # in the state: how often a parameter was rounded stochastically
 
@@ -122,10 +125,31 @@ class FusibleOptimizer(Optimizer):
         if param.dtype not in SIXTEEN_BIT or self._rounding(group) == "compensated":
             self._update(param, grad, group, prepare)
             return
-        before = self.lost_updates.before(param, grad)
+        before = self.lost_updates.before(local_part(param), local_part(grad))
         self._update(param, grad, group, prepare)
         if before is not None:
-            self.lost_updates.after(before, param, grad)
+            self.lost_updates.after(before, local_part(param), local_part(grad))
+
+    def update_sharded(self, updates: Sequence[Update]) -> None:
+        """Update several parameters whose rows are spread over ranks in the same way; every rank calls this with the same ones.
+
+        The sums over ranks that a rule needs are made for all of them together: as many collective calls as for one.
+
+        Args:
+            updates: arguments of :meth:`update_param`; gradients as ``DTensor`` like their parameters.
+        """
+        for param, grad, group, prepare in updates:
+            self.update_param(param, grad, group, prepare)
+
+    def state_is_sharded(self, param: Tensor, entry: str, shape: torch.Size) -> bool:
+        """Whether an entry of a parameter's state has the parameter's rows, and lies where they lie.
+
+        Args:
+            param: the parameter.
+            entry: its name in the state.
+            shape: of the whole entry.
+        """
+        return is_sharded(param) and param.dim() > 0 and shape == param.shape
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:
         """The rule; arguments as for :meth:`update_param`."""
@@ -147,7 +171,41 @@ class FusibleOptimizer(Optimizer):
             return Compensated(param, state)
         if step is None:
             step = state[ROUNDING_STEP] = state.get(ROUNDING_STEP, 0) + 1
-        return Stochastic(mix_key(group["rounding_seed"], self._param_index[param], step))
+        return Stochastic(mix_key(group["rounding_seed"], self._param_index[param], step), first_element(param))
+
+
+class SummedOptimizer(FusibleOptimizer):
+    """A rule that needs sums over a whole parameter, whose rows may be spread over ranks.
+
+    It implements ``_steps``, which yields its sums over the rows that are here and goes on with the sums over all rows.
+    """
+
+    def _steps(
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None
+    ) -> Iterator[list[Tensor]]:
+        """The rule; arguments as for :meth:`update_param`. What is yielded has been summed over ranks, in place, afterwards."""
+        raise NotImplementedError
+
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:
+        for sums in self._steps(param, grad, group, prepare):
+            sum_over_shards(param, sums)
+
+    def update_sharded(self, updates: Sequence[Update]) -> None:
+        """See :class:`FusibleOptimizer`."""
+        looked_at = [
+            self.lost_updates.before(local_part(param), local_part(grad))
+            if param.dtype in SIXTEEN_BIT and self._rounding(group) != "compensated"
+            else None
+            for param, grad, group, _ in updates
+        ]
+        running = [self._steps(*update) for update in updates]
+        while running:
+            sums = [next(steps, None) for steps in running]
+            running = [steps for steps, found in zip(running, sums, strict=True) if found is not None]
+            sum_over_shards(updates[0][0], [tensor for found in sums if found is not None for tensor in found])
+        for (param, grad, _, _), before in zip(updates, looked_at, strict=True):
+            if before is not None:
+                self.lost_updates.after(before, local_part(param), local_part(grad))
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:

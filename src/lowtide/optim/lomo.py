@@ -16,6 +16,7 @@ from . import kernels
 from .base import SIXTEEN_BIT, FusibleOptimizer, compute_dtype, prepared
 from .prepare import Prepare
 from .rounding import paired_slices, slice_numel
+from .shards import local_part
 
 
 class Lomo(FusibleOptimizer):
@@ -47,12 +48,13 @@ class Lomo(FusibleOptimizer):
         super().__init__(params, defaults)
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:
+        whole, param, grad = param, local_part(param), local_part(grad)
         factor = 1.0 if prepare is None else prepare.factor
         if factor is not None:
             prepare = None  # it goes into the learning rate
         step_size, decay = group["lr"] * (1.0 if factor is None else factor), 1.0 - group["lr"] * group["weight_decay"]
         if param.dtype in SIXTEEN_BIT:
-            self._update_16bit(param, grad, group, prepare, step_size, decay)
+            self._update_16bit(whole, grad, group, prepare, step_size, decay)
             return
         if prepare is None:
             if decay != 1.0:
@@ -74,6 +76,7 @@ class Lomo(FusibleOptimizer):
         decay: float,
     ) -> None:
         writer = self._writer(param, group)
+        param = local_part(param)
         if kernels.wanted(param, grad):
             options = {} if prepare is None else prepare.kernel_options
             kernels.lomo_step(param, grad, lr=step_size, decay=decay, **options, **writer.kernel_options(param))

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from . import kernels
 from .base import ROUNDING_STEP, SIXTEEN_BIT, FusibleOptimizer, prepared
 from .prepare import Prepare
+from .shards import like_param, local_part, set_values
 from .writing import COMPENSATION
 
 _OURS = ("rounding", "rounding_seed")
@@ -79,17 +80,18 @@ class PerParameter(FusibleOptimizer):
         sixteen_bit = param.dtype in SIXTEEN_BIT
         if sixteen_bit:
             writer = self._writer(param, group)
-            proxy.data = writer.read(param.detach(), 0)
+            set_values(proxy, writer.read(local_part(param.detach()), 0))
         kept = param.grad  # unfused, the gradient belongs to the caller
-        proxy.grad = prepared(grad, proxy.dtype, prepare)
+        proxy.grad = like_param(param, prepared(local_part(grad), proxy.dtype, prepare), param.shape)
         inner.step()
         proxy.grad = None
         if sixteen_bit:
-            if kernels.wanted(param, proxy):
-                kernels.round_into(param, proxy.detach(), **writer.kernel_options(param))
+            target, value = local_part(param), local_part(proxy.detach())
+            if kernels.wanted(target, value):
+                kernels.round_into(target, value, **writer.kernel_options(target))
             else:
-                writer.write(param, proxy.detach(), 0)
-            proxy.data = torch.empty(0, device=param.device)
+                writer.write(target, value, 0)
+            set_values(proxy, torch.empty(0, device=param.device))
         else:
             param.grad = kept
         state = self.state[param]

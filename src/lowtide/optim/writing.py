@@ -1,7 +1,7 @@
 """How float32 results get into one 16-bit parameter: a reader and writer for each kind of rounding.
 
 A rule works in slices: it reads the float32 value of a slice, changes it, and writes it back. The offset is that of the
-slice's first element in the flattened parameter.
+slice's first element in the flattened parameter, or in the part of it that this rank holds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .rounding import compensation_like, read_compensated, round_compensated_, round_stochastic_
+from .shards import like_param, local_part
 
 COMPENSATION = "compensation"  # its name in the optimizer's state
 
@@ -37,18 +38,19 @@ class Stochastic(Nearest):
 
     Args:
         key: of this parameter and step, see :func:`lowtide.optim.rounding.mix_key`.
+        start: place of the first element that is here in the whole parameter, so that the noise is the same whoever holds it.
     """
 
-    def __init__(self, key: int) -> None:
-        self.key = key
+    def __init__(self, key: int, start: int = 0) -> None:
+        self.key, self.start = key, start
 
     def kernel_options(self, param: Tensor) -> dict[str, Any]:
         """See :class:`Nearest`."""
-        return {"rounding": "stochastic", "key": self.key}
+        return {"rounding": "stochastic", "key": self.key, "start": self.start}
 
     def write(self, target: Tensor, value: Tensor, offset: int) -> None:
         """Write a slice; destroys ``value``."""
-        round_stochastic_(target, value, self.key, offset)
+        round_stochastic_(target, value, self.key, self.start + offset)
 
 
 class Compensated(Nearest):
@@ -61,8 +63,8 @@ class Compensated(Nearest):
 
     def __init__(self, param: Tensor, state: dict[str, Any]) -> None:
         if COMPENSATION not in state:
-            state[COMPENSATION] = compensation_like(param)
-        self.compensation = state[COMPENSATION]
+            state[COMPENSATION] = like_param(param, compensation_like(local_part(param)), param.shape)
+        self.compensation = local_part(state[COMPENSATION])
 
     def kernel_options(self, param: Tensor) -> dict[str, Any]:
         """See :class:`Nearest`."""

@@ -14,7 +14,7 @@ import triton.language as tl
 from .device import prepared, read, write
 
 
-@triton.jit(do_not_specialize=["key"])  # see lomo_kernel
+@triton.jit(do_not_specialize=["key", "start"])  # see lomo_kernel
 def adalomo_kernel(
     param_ptr,  # bfloat16 or float16 [4096, 1024], read and written
     grad_ptr,  # bfloat16, float16 or float32 [4096, 1024]
@@ -31,6 +31,7 @@ def adalomo_kernel(
     clip_value,  # infinity for none
     coefficient,
     key,  # int32 scalar
+    start,  # int scalar, see write()
     ROUNDING: tl.constexpr,  # "nearest", "stochastic" or "compensated"
     BLOCK_ROWS: tl.constexpr,  # 1
     BLOCK_COLS: tl.constexpr,  # 1024
@@ -55,4 +56,4 @@ def adalomo_kernel(
     if decay_ptr is not None:
         value = value * tl.load(decay_ptr)
     value = value - update * tl.load(update_scale_ptr)
-    write(param_ptr, compensation_ptr, position, mask, value, key, ROUNDING)
+    write(param_ptr, compensation_ptr, position, mask, value, key, start, ROUNDING)

@@ -126,9 +126,11 @@ def write(
     mask,  # bool [1024]
     value,  # float32 [1024]
     key,  # int32 scalar
+    start,  # place of the first element in the whole weight, of which a rank may have a part
     ROUNDING: tl.constexpr,
 ):
     """Round a block into the weight, and store what was rounded away if the rounding keeps it."""
+    place = position + start
     if param_ptr.dtype.element_ty == tl.bfloat16:
         if ROUNDING == "compensated":
             # Half away from zero, so that the signed rest always fits 16 bits.
@@ -137,11 +139,11 @@ def write(
             tl.store(compensation_ptr + position, (bits - (upper << 16)).to(tl.int16), mask=mask)
             result = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
         elif ROUNDING == "stochastic":
-            result = stochastic_bfloat16(value, noise16(position, key))
+            result = stochastic_bfloat16(value, noise16(place, key))
         else:
             result = nearest_bfloat16(value)
     else:
-        result = stochastic_float16(value, noise16(position, key)) if ROUNDING == "stochastic" else value.to(tl.float16)
+        result = stochastic_float16(value, noise16(place, key)) if ROUNDING == "stochastic" else value.to(tl.float16)
         if ROUNDING == "compensated":
             rest = (value - result.to(tl.float32)) * _COMPENSATION_SCALE_FLOAT16
             rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)  # infinity minus infinity is no error to keep

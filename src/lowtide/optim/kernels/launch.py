@@ -69,6 +69,7 @@ def lomo_step(
     coefficient: float | Tensor = 1.0,
     rounding: str,
     key: int = 0,
+    start: int = 0,
     compensation: Tensor | None = None,
 ) -> None:
     """One step of Lomo: ``p = p * decay - lr * coefficient * clamp(grad * inv_scale)``, in float32, rounded once.
@@ -84,6 +85,7 @@ def lomo_step(
             the host does not read. NaN skips the step: nothing is written.
         rounding: ``"nearest"``, ``"stochastic"`` or ``"compensated"``.
         key: signed 32-bit key of the noise of this tensor and step, see :func:`lowtide.optim.rounding.mix_key`.
+        start: place of the first element in the whole parameter, of which ``param`` may be a part.
         compensation: state of compensated rounding, same shape, contiguous, written in place; int16 for bfloat16 (lower half
             of the float32 number), float16 for float16, see :func:`lowtide.optim.rounding.compensation_like`.
     """
@@ -106,6 +108,7 @@ def lomo_step(
             math.inf if clip_value is None else float(clip_value),
             factor,
             key,
+            start,
             ROUNDING=rounding,
             BLOCK=_BLOCK,
             **_OPTIONS,
@@ -125,6 +128,7 @@ def adalomo_step(
     coefficient: float | Tensor = 1.0,
     rounding: str,
     key: int = 0,
+    start: int = 0,
     compensation: Tensor | None = None,
 ) -> None:
     """The last pass of AdaLomo: ``p = p * decay - update_scale * g * row * col``, in float32, rounded once.
@@ -176,6 +180,7 @@ def adalomo_step(
             math.inf if clip_value is None else float(clip_value),
             factor,
             key,
+            start,
             ROUNDING=rounding,
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
@@ -184,7 +189,7 @@ def adalomo_step(
 
 
 def round_into(
-    param: Tensor, value: Tensor, *, rounding: str, key: int = 0, compensation: Tensor | None = None
+    param: Tensor, value: Tensor, *, rounding: str, key: int = 0, start: int = 0, compensation: Tensor | None = None
 ) -> None:
     """Write float32 values into a 16-bit parameter.
 
@@ -201,7 +206,7 @@ def round_into(
 
     with torch.cuda.device_of(param):
         round_kernel[(_ceil_div(param.numel(), _BLOCK),)](
-            param, value, compensation, param.numel(), key, ROUNDING=rounding, BLOCK=_BLOCK, **_OPTIONS
+            param, value, compensation, param.numel(), key, start, ROUNDING=rounding, BLOCK=_BLOCK, **_OPTIONS
         )
 
 

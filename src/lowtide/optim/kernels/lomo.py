@@ -12,7 +12,7 @@ from .device import prepared, read, write
 
 
 # The key is another number every step: compiled for its divisibility, a kernel would be compiled again in mid-training.
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "start"])
 def lomo_kernel(
     param_ptr,  # bfloat16 or float16 [4194304], read and written
     grad_ptr,  # bfloat16, float16 or float32 [4194304]
@@ -25,6 +25,7 @@ def lomo_kernel(
     clip_value,  # infinity for none
     coefficient,
     key,  # int32 scalar
+    start,  # int scalar, see write()
     ROUNDING: tl.constexpr,  # "nearest", "stochastic" or "compensated"
     BLOCK: tl.constexpr,  # 1024
 ):
@@ -38,4 +39,4 @@ def lomo_kernel(
     grad = prepared(tl.load(grad_ptr + position, mask=mask), inv_scale, clip_value, coefficient)
     value = read(param_ptr, compensation_ptr, position, mask, ROUNDING) * decay
     # torch's ``add_(grad, alpha=-lr)`` is one fused multiply-add as well.
-    write(param_ptr, compensation_ptr, position, mask, tl.fma(grad, -lr, value), key, ROUNDING)
+    write(param_ptr, compensation_ptr, position, mask, tl.fma(grad, -lr, value), key, start, ROUNDING)
