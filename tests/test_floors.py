@@ -31,7 +31,6 @@ FLOORS = {
 }
 SAME_FLOOR = {
     ("sharding", "models"),  # the same
-    ("fusing", "sharding"),  # takes what was looked at before a model was sharded
     ("fusing", "models"),  # finds the blocks and the head of a Hugging Face model
     ("planning", "weights"),  # counts the buffers that weights from elsewhere visit
     ("training", "evaluation"),  # the loop evaluates

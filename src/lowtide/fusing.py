@@ -19,7 +19,6 @@ from .models.chunked_loss import ChunkedLoss, HeadForward
 from .models.lora import adapted_layers, bare_model
 from .models.shards import parts_of
 from .optim.shards import is_sharded
-from .sharding import chunked_loss_of
 from .weights import HostInputs, MixedHome, by_name, place
 from .weights.layout import Part
 
@@ -179,7 +178,9 @@ def fuse(
         raise ValueError("a model with adapters of peft must live where it is computed: use weights='device'")
     sharded = any(is_sharded(param) for param in model.parameters())
     if sharded and wanted:
-        raise ValueError("a sharded model's weights live on its ranks: use weights='device', or lowtide.shard(..., offload=True)")
+        raise ValueError(
+            "a sharded model's weights live on its ranks: use weights='device', or lowtide.shard(..., offload=True)"
+        )
     outer, head = _outer_blocks(model, found) if wanted else ([], None)
     found = [*outer[:1], *found, *outer[1:]]
     home = place(model, found, by_name(model, found, wanted), compute_device)
@@ -207,7 +208,7 @@ def fuse(
         home.close()
         raise
     engine.home, engine.head = home, head
-    if chunked_loss and (loss := chunked_loss_of(model) if sharded else ChunkedLoss.of(model)) is not None:
+    if chunked_loss and (loss := ChunkedLoss.of(model)) is not None:
         loss.install()
         engine.chunked_loss, loss.ranks = loss, engine.ranks
         if sharded:  # only a call of the head gathers its weights

@@ -76,19 +76,9 @@ def shard(
         mesh,
         reduce_dtype=reduce_dtype,
         offload=offload,
-        before_root=lambda: _look_at_loss(model),
+        before_root=lambda: ChunkedLoss.look_at(model),
     )
     return model
-
-
-def chunked_loss_of(model: nn.Module) -> ChunkedLoss | None:
-    """The chunked loss of a sharded model, which was looked at while its head was whole."""
-    found: ChunkedLoss | None = model.__dict__.get("_lowtide_chunked_loss")
-    return found
-
-
-def _look_at_loss(model: nn.Module) -> None:
-    model.__dict__["_lowtide_chunked_loss"] = ChunkedLoss.of(model)
 
 
 def _units(blocks: Sequence[nn.Module], outer: Sequence[nn.Module]) -> list[list[nn.Module]]:

@@ -1,7 +1,10 @@
 """What the ranks of a :class:`RankPool` run; everything that comes and goes can be pickled."""
 
+import collections
+
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowtide
 from helpers import tiny_batch, tiny_model
@@ -9,7 +12,8 @@ from helpers import tiny_batch, tiny_model
 RULES = {
     "lomo": lambda params: lowtide.Lomo(params, lr=0.05, weight_decay=0.1),
     "adalomo": lambda params: lowtide.AdaLomo(params, lr=5e-3, weight_decay=0.1),
-    "adamw": lambda params: lowtide.PerParameter(torch.optim.AdamW, params, lr=1e-3),
+    # With the usual eps of 1e-8 an element whose gradient is rounding noise is moved by the whole rate.
+    "adamw": lambda params: lowtide.PerParameter(torch.optim.AdamW, params, lr=3e-4, eps=1e-6),
 }
 
 
@@ -33,7 +37,17 @@ def freeze(model):
     model.model.layers[2].mlp.up_proj.weight.requires_grad_(False)
 
 
-def train(rule, family="llama", num_steps=5, frozen=False, model_changes=None, shard=None, fuse=None, dtype=torch.float32):
+def train(
+    rule,
+    family="llama",
+    num_steps=5,
+    frozen=False,
+    padded=True,
+    model_changes=None,
+    shard=None,
+    fuse=None,
+    dtype=torch.float32,
+):
     """Some steps on all ranks together, or in one process; returns weights, losses and norms."""
     distributed = torch.distributed.is_initialized()
     rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
@@ -46,10 +60,171 @@ def train(rule, family="llama", num_steps=5, frozen=False, model_changes=None, s
     engine = lowtide.fuse(model, optimizer, **(fuse or {}))
     losses, norms = [], []
     for step in range(num_steps):
-        loss = model(**own_rows(tiny_batch(step), rank, size)).loss
+        loss = model(**own_rows(tiny_batch(step, padded=padded), rank, size)).loss
         engine.backward(loss)
         optimizer.step()
         losses.append(loss.item())
         norms.append(engine.grad_norm)
     engine.remove()
     return {"weights": weights(model), "losses": losses, "norms": norms}
+
+
+class Plain(nn.Module):
+    """Parameters whose rows do not divide by the number of ranks, fewer than there are ranks in one case."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        shapes = {"matrix": (7, 13), "vector": (9,), "experts": (3, 5, 4), "row": (1, 6)}
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator).to(torch.bfloat16)))
+
+
+def update(rule, rounding, num_steps=4):
+    """Steps of an optimizer on gradients that are the same whoever holds them."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    model = Plain()
+    if torch.distributed.is_initialized():
+        fully_shard(model)
+    make = {
+        "lomo": lambda: lowtide.Lomo(model.parameters(), lr=1e-3, rounding=rounding),
+        "adalomo": lambda: lowtide.AdaLomo(model.parameters(), lr=1e-3, rounding=rounding),
+        "adamw": lambda: lowtide.PerParameter(torch.optim.AdamW, model.parameters(), lr=1e-4, rounding=rounding),
+    }
+    optimizer = make[rule]()
+    for step in range(num_steps):
+        generator = torch.Generator().manual_seed(step)
+        for param in model.parameters():
+            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            is_sharded = hasattr(param, "device_mesh")
+            param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if is_sharded else grad
+        optimizer.step()
+    return weights(model)
+
+
+class Counting(TorchDispatchMode):
+    """Counts calls of process groups by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.counts[function._schema.name.partition("::")[2]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count_collectives(num_steps=1, **options):
+    """By name, the collective calls of a step after the first; and the number of blocks."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model = tiny_model(**options.pop("model_changes", {}))
+    rule = options.pop("rule", "lomo")
+    lowtide.shard(model)
+    optimizer = RULES[rule](model.parameters())
+    engine = lowtide.fuse(model, optimizer, **options)
+    counted = {}
+    for step in range(1 + num_steps):
+        with Counting() as counting:
+            engine.backward(model(**own_rows(tiny_batch(step), rank, size)).loss)
+            optimizer.step()
+        counted = dict(counting.counts)
+    engine.remove()
+    return counted
+
+
+class Breaks(torch.autograd.Function):
+    """Passes a tensor on, and sends back what is not finite."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full_like(grad, torch.inf)
+
+
+def broken_gradient(where, rule="lomo", **options):
+    """A step in which one rank sends back an infinite gradient, in front of a block or in the loss; then an ordinary one."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model = tiny_model()
+    lowtide.shard(model)
+    optimizer = RULES[rule](model.parameters())
+    engine = lowtide.fuse(model, optimizer, **options)
+    before = weights(model)
+    broken = rank == size - 1
+
+    def break_input(module, args):
+        return (Breaks.apply(args[0]), *args[1:]) if broken and torch.is_grad_enabled() else None
+
+    handle = None
+    if where != "loss":
+        handle = model.model.layers[where].register_forward_pre_hook(break_input)
+    batch = own_rows(tiny_batch(0), rank, size)
+    loss = model(**batch).loss
+    if where == "loss" and broken:
+        loss = loss * torch.inf
+    engine.backward(loss)
+    optimizer.step()
+    state = {"skipped": engine.step_skipped, "partial": engine.step_partial, "norm": engine.grad_norm}
+    after = weights(model)
+    state["changed"] = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    if handle is not None:
+        handle.remove()
+    loss = model(**own_rows(tiny_batch(1), rank, size)).loss
+    engine.backward(loss)
+    optimizer.step()
+    state["next"] = (loss.item(), engine.grad_norm, engine.step_skipped)
+    state["weights"] = weights(model)
+    engine.remove()
+    return state
+
+
+def refused(what):
+    """The message of a refusal."""
+    model = tiny_model()
+    try:
+        if what == "not sharded":
+            lowtide.fuse(model, lowtide.Lomo(model.parameters()))
+        elif what == "optimizer too early":
+            optimizer = lowtide.Lomo(model.parameters())
+            lowtide.fuse(lowtide.shard(model), optimizer)
+        elif what == "twice":
+            lowtide.shard(lowtide.shard(model))
+        elif what == "groups":
+            lowtide.shard(model, ranks_per_node=3)
+        elif what == "home":
+            lowtide.shard(model)
+            lowtide.fuse(model, lowtide.Lomo(model.parameters()), weights="./somewhere")
+        elif what == "columns":
+            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.tensor import Shard
+
+            fully_shard(model, shard_placement_fn=lambda param: Shard(param.dim() - 1))
+            lowtide.fuse(model, lowtide.Lomo(model.parameters()))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def train_run(settings, stop_after=None):
+    """``lowtide train`` on all ranks; returns what came of it."""
+    import signal
+
+    from lowtide.training import TrainConfig, train
+
+    def interrupt(event):
+        if event["event"] == "train" and event["step"] == stop_after:
+            signal.raise_signal(signal.SIGINT)
+
+    result = train(TrainConfig(**settings), on_event=interrupt, show_progress=False)
+    return {
+        "steps": result.num_steps,
+        "before": result.loss_before and result.loss_before.loss,
+        "after": result.loss_after and result.loss_after.loss,
+        "interrupted": result.interrupted,
+        "model": str(result.model_dir),
+    }

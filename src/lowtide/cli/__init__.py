@@ -136,5 +136,7 @@ def _run(arguments: list[str]) -> int:
 def _fail(message: str, code: int) -> int:
     if os.environ.get("LOWTIDE_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
-    print("lowtide: error:", " ".join(message.split()) or "unknown", file=sys.stderr)
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ  # torchrun started us
+    who = f"lowtide (rank {os.environ['RANK']}): error:" if several else "lowtide: error:"
+    print(who, " ".join(message.split()) or "unknown", file=sys.stderr, flush=True)
     return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 from contextlib import nullcontext
@@ -75,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries(tell_data=True)
     if args.live is not None and (args.dry_run or args.find_lr):
         raise UsageError("--live shows a training run, and --dry-run and --find-lr train nothing: leave it out")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and (args.dry_run or args.find_lr or args.live is not None):
+        raise UsageError("--dry-run, --find-lr and --live are for one process: start them without torchrun")
     if args.dry_run:
         from ..training import dry_run
 
@@ -91,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
     with nullcontext() if args.live is None else live_report(Path(config.output), args.live):
         result = train(config, on_event=on_event)
-    print(describe_result(result), flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(describe_result(result), flush=True)
     return 128 + (result.signal_number or signal.SIGINT) if result.interrupted else 0
 
 

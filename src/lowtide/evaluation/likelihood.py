@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..models.chunked_loss import ChunkedLoss
+from ..ranks import ALONE, Ranks
 
 IGNORED = -100
 # Where the model makes its own logits, they exist for about this many tokens at a time, float32 copies for fewer.
@@ -38,7 +41,7 @@ class LossResult:
     num_tokens: int
 
 
-def evaluate_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> LossResult:
+def evaluate_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], ranks: Ranks = ALONE) -> LossResult:
     """Score a causal language model; no gradients, in evaluation mode, and its mode restored afterwards.
 
     Args:
@@ -47,6 +50,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> 
         batches: dictionaries with ``labels``, int64 [B, S], unshifted (the token at position s is predicted at s - 1),
             -100 where nothing is counted, and the model's inputs, whose first dimension is B. They are moved to the
             device of the model's parameters.
+        ranks: of a sharded model: each calls this with as many batches, its own, and the score is that of all of them.
 
     Raises:
         ValueError: no token is counted in all the batches.
@@ -57,15 +61,15 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> 
     total, num_tokens = 0.0, 0
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _summed(model, chunked, ranks) as summed:
             for batch in batches:
                 count = int((batch["labels"][:, 1:] != IGNORED).sum())
-                if count:
-                    on_device = {name: value.to(device) for name, value in batch.items()}
-                    total += _chunked_sum(chunked, on_device) if chunked else _plain_sum(model, on_device)
+                if count or ranks.size > 1:  # the others may have something to count, and need this rank's weights
+                    total += summed({name: value.to(device) for name, value in batch.items()})
                     num_tokens += count
     finally:
         model.train(was_training)
+    total, num_tokens = ranks.sum([total])[0], round(ranks.sum([num_tokens])[0])
     if num_tokens == 0:
         raise ValueError("nothing to evaluate: the held-out data has no token that the loss counts")
     mean = total / num_tokens
@@ -79,16 +83,24 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def _chunked_sum(loss: ChunkedLoss, batch: dict[str, Tensor]) -> float:
-    # transformers divides the sum of the losses by this number of items; 1 leaves the sum
-    return float(loss(num_items_in_batch=1, **batch).loss)
+@contextmanager
+def _summed(
+    model: nn.Module, chunked: ChunkedLoss | None, ranks: Ranks
+) -> Iterator[Callable[[dict[str, Tensor]], float]]:
+    """What gives the summed loss of a batch."""
+    if chunked is None:
+        yield partial(_plain_sum, model, in_pieces=ranks.size == 1)  # ranks must run as many
+        return
+    with nullcontext(chunked) if ranks.size == 1 else chunked.through_model() as loss:
+        # transformers divides the sum of the losses by this number of items; 1 leaves the sum
+        yield lambda batch: float(loss(num_items_in_batch=1, **batch).loss)
 
 
-def _plain_sum(model: nn.Module, batch: dict[str, Tensor]) -> float:
+def _plain_sum(model: nn.Module, batch: dict[str, Tensor], *, in_pieces: bool = True) -> float:
     # Packed documents are told apart by position_ids only where transformers keeps no cache.
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     total = 0.0
-    for piece in _pieces(batch):
+    for piece in _pieces(batch) if in_pieces else (dict(batch),):
         labels = piece.pop("labels")[:, 1:].flatten()
         logits = model(**piece, **options).logits[:, :-1].flatten(0, 1)
         for part, targets in zip(logits.split(_FLOAT32_TOKENS), labels.split(_FLOAT32_TOKENS), strict=True):

@@ -191,7 +191,9 @@ class BackwardPass:
     def measure(self, slot: Slot, grad: Tensor) -> None:
         """A complete gradient in the first of two passes."""
         self.clamp_measured(grad)
-        self._note_measured(slot, grad, self._norm.read(grad) if grad.is_cpu and self._reads_norms else self._norm.add(grad))
+        self._note_measured(
+            slot, grad, self._norm.read(grad) if grad.is_cpu and self._reads_norms else self._norm.add(grad)
+        )
 
     def measured(self, slot: Slot, grad: Tensor, norm: float | Tensor) -> None:
         """The same where its norm is known, after :meth:`clamp_measured`: a number, or zero-dimensional on the device."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from .lora import bare_model
 from .loss import IGNORE_INDEX, linear_cross_entropy
 
 _logger = get_logger(__name__)
+
+_LOOKED_AT = "_lowtide_chunked_loss"  # attribute of a sharded model
 
 
 def causal_lm_loss(model: nn.Module, *, num_items_in_batch: Any = None, **batch: Any) -> Tensor:
@@ -56,6 +60,9 @@ class ChunkedLoss:
     def of(cls, model: Any) -> ChunkedLoss | None:
         """The chunked loss for this model, or None if its own loss cannot be reproduced (then it must be left alone)."""
         model = bare_model(model)
+        if _LOOKED_AT in model.__dict__:  # a sharded model's head is whole only while the model runs
+            known = model.__dict__[_LOOKED_AT]
+            return None if known is None else cls(model, known.scale, known.softcap)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         base = getattr(model, "base_model", model)
         config = getattr(model, "config", None)
@@ -67,6 +74,32 @@ class ChunkedLoss:
         scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
         candidate = cls(model, float(scale), getattr(text, "final_logit_softcapping", None))
         return candidate if candidate._agrees() else None
+
+    @classmethod
+    def look_at(cls, model: Any) -> None:
+        """Remember what :meth:`of` says of a model that is about to be sharded."""
+        model.__dict__[_LOOKED_AT] = cls.of(model)
+
+    @contextmanager
+    def through_model(self) -> Iterator[Callable[..., Any]]:
+        """What gives the same as calling this, by a call of the model as a whole, in evaluation, too.
+
+        A sharded model's weights are gathered only so.
+        """
+        head = None if isinstance(self.head.__dict__.get("_lowtide_loss"), HeadForward) else HeadForward(self.head)
+        inner = self.model.__dict__.get("forward")
+        if head is not None:
+            head.install()
+        self.model.forward = self
+        try:
+            yield self.model
+        finally:
+            if inner is None:
+                del self.model.forward
+            else:
+                self.model.forward = inner
+            if head is not None:
+                head.remove()
 
     @property
     def head(self) -> nn.Linear:

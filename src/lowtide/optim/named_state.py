@@ -12,6 +12,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .base import FusibleOptimizer
+from .shards import like_param, local_part, rows_of
+
 _SEPARATOR = ":"  # in no name of a parameter
 _ON_HOST = "tensors on the host"
 
@@ -19,7 +22,7 @@ _ON_HOST = "tensors on the host"
 def named_state(
     optimizer: Optimizer, names: Mapping[Tensor, str]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """(tensors by ``parameter:entry``, plain values by parameter and entry).
+    """(tensors by ``parameter:entry``, plain values by parameter and entry). Of sharded parameters these are ``DTensor``.
 
     Entries that are on the CPU while their parameter is not, as torch's counts of steps, are noted in the plain values.
 
@@ -66,7 +69,12 @@ def load_named_state(
         name, _, entry = key.rpartition(_SEPARATOR)
         param = _known(params, name)
         on_host = entry in plain.get(name, {}).get(_ON_HOST, ())
-        optimizer.state[param][entry] = load().to("cpu" if on_host else param.device)
+        value = load()
+        if isinstance(optimizer, FusibleOptimizer) and optimizer.state_is_sharded(param, entry, value.shape):
+            own = value[rows_of(param)].to(local_part(param).device, copy=True)  # the rest of it must not be kept
+            optimizer.state[param][entry] = like_param(param, own, value.shape)
+        else:
+            optimizer.state[param][entry] = value.to("cpu" if on_host else param.device)
     for name, entries in plain.items():
         param = _known(params, name)
         optimizer.state[param].update({entry: value for entry, value in entries.items() if entry != _ON_HOST})

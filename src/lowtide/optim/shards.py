@@ -97,9 +97,7 @@ def like_param(param: Tensor, local: Tensor, shape: Sequence[int]) -> Tensor:
 
     stride = torch.empty(shape, device="meta").stride()
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    found: Tensor = DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    found: Tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
     return found
 
 

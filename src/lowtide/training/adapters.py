@@ -25,6 +25,7 @@ from ..planning.updates import total_state_bytes
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .setup import make_optimizer
+from .together import written_by_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +94,10 @@ def save_trained(run: Run, output: Path) -> Path:
     """
     target = output / "model"
     if run.adapters is None:
-        save_model(run.model, run.tokenizer, target, run.engine.parts_of_model())
+        parts = run.engine.parts_of_model()
+        written_by_first(
+            run.ranks, parts, {}, lambda gathered, _: save_model(run.model, run.tokenizer, target, list(gathered))
+        )
         return target
     with written_beside(output / ADAPTER_FOLDER) as temporary:
         run.adapters.save(temporary, _base_model(run.config))

@@ -73,6 +73,7 @@ def write_checkpoint(
     write_model: Callable[[Path], Mapping[str, str]],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    tensor_of: Callable[[str], Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint and make it durable.
 
@@ -80,8 +81,9 @@ def write_checkpoint(
         folder: of all checkpoints; it is made if need be.
         step: steps taken.
         write_model: writes the model's files into an empty directory; returns the SHA-256 of those it knows.
-        optimizer: tensors of the optimizer state, on any device.
+        optimizer: tensors of the optimizer state, on any device, as :func:`in_file_order` has them.
         state: everything else, as JSON can hold it.
+        tensor_of: gives each of them as a whole, asked for in that order; None where they are.
 
     Returns:
         Its directory.
@@ -95,9 +97,9 @@ def write_checkpoint(
         digests = dict(write_model(temporary))
         training = temporary / _TRAINING
         training.mkdir()
-        ordered = sorted(optimizer.items(), key=lambda item: -item[1].dtype.itemsize)
-        entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered]
-        digests[f"{_TRAINING}/{_OPTIMIZER}"] = write_file(training / _OPTIMIZER, entries, (t for _, t in ordered))
+        entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in optimizer.items()]
+        tensors = map(tensor_of or optimizer.__getitem__, optimizer)
+        digests[f"{_TRAINING}/{_OPTIMIZER}"] = write_file(training / _OPTIMIZER, entries, tensors)
         (training / _STATE).write_text(json.dumps({"format": FORMAT, **state}), encoding="utf-8")
         files = {
             name: {"bytes": path.stat().st_size, "sha256": digests.get(name) or sha256_of(path)}
@@ -109,6 +111,16 @@ def write_checkpoint(
         if target.exists():  # a run that went back to an earlier checkpoint
             set_aside(target)
     return target
+
+
+def in_file_order(optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Large elements first, so that every tensor in the file is aligned."""
+    return dict(sorted(optimizer.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def read_unchecked(path: Path) -> Checkpoint:
+    """One that another rank has checked."""
+    return Checkpoint(path, json.loads((path / _TRAINING / _STATE).read_text(encoding="utf-8")))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -18,6 +18,7 @@ CLIPS = ("exact", "adaptive")
 BAD_RECORDS = ("refuse", "skip")
 ON_SAVE_ERROR = ("continue", "stop")
 ON_BAD_STEPS = ("stop", "rollback")
+REDUCE_DTYPES = ("float32", "weights")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 DTYPES = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
@@ -35,12 +36,13 @@ ADAPTERS = "adapters (LoRA)"
 MEMORY = "memory and speed"
 OUTPUT = "output"
 SAFETY = "checkpoints and bad steps"
-GROUPS = (MODEL_AND_DATA, OPTIMISATION, ADAPTERS, MEMORY, OUTPUT, SAFETY)
+RANKS = "several processes (torchrun)"
+GROUPS = (MODEL_AND_DATA, OPTIMISATION, ADAPTERS, MEMORY, OUTPUT, SAFETY, RANKS)
 
 # They may differ from those of the checkpoint that is resumed: the weights and losses are the same.
 FREE_TO_CHANGE = (
     "output", "data_cache", "data_cache_size", "eval_every", "log_every", "weights", "clip_memory", "save_every", "keep_checkpoints", "on_save_error", "resume",
-    "allow_changes", "max_bad_steps", "on_bad_steps", "trust_remote_code", "track",
+    "allow_changes", "max_bad_steps", "on_bad_steps", "trust_remote_code", "track", "ranks_per_node", "rank_timeout",
 )  # fmt: skip
 ABOUT_RESUMING = ("resume", "allow_changes")  # how a process began, not a setting of the run
 
@@ -322,6 +324,33 @@ class TrainConfig:
         ON_BAD_STEPS,
         default="stop",
     )
+
+    ranks_per_node: int | None = _option(
+        RANKS,
+        "spread the weights within groups of so many processes only, each with a whole copy; for machines that are connected slowly. "
+        "Default: over all of them",
+        default=None,
+    )
+    reduce_dtype: str = _option(
+        RANKS,
+        "in which gradients are added up over processes and micro-batches: float32, or weights for their own dtype, which is half as "
+        "much to send where they are 16-bit",
+        REDUCE_DTYPES,
+        default="float32",
+    )
+    rank_timeout: str = _option(
+        RANKS,
+        "how long a process waits for one that does not answer, like 10m; tokenising and saving must fit in it",
+        default="30m",
+    )
+
+    @property
+    def rank_timeout_seconds(self) -> float:
+        """``rank_timeout`` in seconds."""
+        try:
+            return parse_duration(self.rank_timeout)
+        except ValueError as error:
+            raise ValueError(f"rank_timeout: {error}") from None
 
     @property
     def save_steps(self) -> int | None:

@@ -16,6 +16,7 @@ from .config import (
     ON_BAD_STEPS,
     ON_SAVE_ERROR,
     OPTIMIZERS,
+    REDUCE_DTYPES,
     ROUNDINGS,
     SCHEDULES,
     TRACKERS,
@@ -49,6 +50,8 @@ def _check_combinations(config: TrainConfig) -> None:
     if config.clip == "adaptive" and config.effective_clip_grad_norm is None:
         raise ValueError("clip adaptive needs clip_grad_norm, the bound of its first steps: 1 is usual")
     _ = config.data_cache_size_bytes  # raises if it is no size
+    if config.rank_timeout_seconds <= 0:
+        raise ValueError(f"rank_timeout must be a time above 0, got {config.rank_timeout!r}")
     if config.clip_memory_bytes and (config.effective_clip_grad_norm is None or config.clip == "adaptive"):
         raise ValueError("clip_memory is for clip exact with a clip_grad_norm: leave it out")
 
@@ -89,6 +92,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("bad_records", BAD_RECORDS),
         ("on_save_error", ON_SAVE_ERROR),
         ("on_bad_steps", ON_BAD_STEPS),
+        ("reduce_dtype", REDUCE_DTYPES),
         ("rounding", (*ROUNDINGS, None)),
         ("attention", (*ATTENTIONS, None)),
     ):
@@ -127,6 +131,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "keep_checkpoints",
         "max_bad_steps",
         "lora_alpha",
+        "ranks_per_node",
     )
     for name, least in [*((name, 1) for name in counts), ("max_seq_len", 2), ("seed", 0), ("lora_rank", 0)]:
         value = getattr(config, name)
@@ -166,3 +171,24 @@ def _check_adapters(config: TrainConfig) -> None:
                 raise ValueError(
                     f"{name} is of the model's own weights, which lora_only freezes: leave it out{instead}"
                 )
+
+
+def check_for_ranks(config: TrainConfig, num_ranks: int) -> None:
+    """What several processes cannot do.
+
+    Raises:
+        ValueError: a value that works in one process only.
+    """
+    if num_ranks == 1:
+        return
+    if config.batch_size < num_ranks:
+        raise ValueError(
+            f"batch_size is that of all processes together, and {config.batch_size} cannot be shared by {num_ranks}: raise it, or start fewer"
+        )
+    if config.weights not in ("device", "cpu", "auto"):
+        raise ValueError(
+            f"weights must be device, or cpu for host memory, where {num_ranks} processes share a model, got {config.weights!r}: a disk "
+            "home needs one process"
+        )
+    if config.lora_rank:
+        raise ValueError(f"lora_rank needs one process, and {num_ranks} take part: adapters cannot be sharded yet")

@@ -52,10 +52,10 @@ class Placement:
         return self.weights != "device"
 
 
-def place_as_set(config: TrainConfig) -> Placement:
-    """The home that the settings name."""
-    directory = None if config.weights in ("device", "cpu") else Path(config.weights).expanduser()
-    weights = directory or config.weights
+def place_as_set(config: TrainConfig, sharded: bool = False) -> Placement:
+    """The home that the settings name; of weights that are spread over ranks the device, whatever they name."""
+    directory = None if sharded or config.weights in ("device", "cpu") else Path(config.weights).expanduser()
+    weights = "device" if sharded else directory or config.weights
     return Placement(weights, config.micro_batch_size, "device", config.clip_memory_bytes, directory)
 
 

@@ -28,6 +28,7 @@ from .events import Listener, finite
 from .interrupt import StopAfterStep
 from .lr_curve import Reading, divergence, read_curve, sweep_rates
 from .progress import ConsoleProgress
+from .report import count_tokens
 from .run import prepare
 from .setup import check_output, existing_folder, resolve_device, without_cache
 from .snapshot import restored_afterwards
@@ -244,7 +245,7 @@ class _Sweep:
                 point = dataclasses.replace(point, loss=math.nan)
             self.points.append(point)
             facts = {"lr": lr, "epoch": epoch, "watched_loss": point.loss, **outcome(run.engine)}
-            run.report.step(batch, point.batch_loss, **facts)
+            run.report.step(count_tokens(batch), point.batch_loss, **facts)
             if self.stop.requested:
                 raise KeyboardInterrupt
             if divergence([point.loss for point in self.points], loss_before) is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation import LossResult
+from ..optim.shards import local_part
 from ..planning.hardware import peak_resident_bytes, resident_bytes
 from .events import Listener
 
@@ -28,11 +29,17 @@ def peak_memory_bytes(device: str) -> int:
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_resident_bytes()
 
 
+def count_tokens(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch, padding left out."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
 def program_bytes(model: nn.Module, device: str) -> int:
     """What the process holds besides the weights: Python, its libraries, data. 0 on a GPU, whose memory they are not in."""
     if device.startswith("cuda"):
         return 0
-    storages = (param.untyped_storage() for param in model.parameters())
+    storages = (local_part(param).untyped_storage() for param in model.parameters())
     return max(0, resident_bytes() - sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
 
 
@@ -76,11 +83,9 @@ class Reporter:
         """Report the settings and what they come to."""
         self._tell("config", **facts)
 
-    def step(self, batch: Mapping[str, Tensor], loss: float, **facts: Any) -> None:
-        """Report one step: ``facts`` are lr, epoch, and what the engine says of it (see ``events.py``)."""
+    def step(self, num_tokens: int, loss: float, **facts: Any) -> None:
+        """Report one step on so many tokens: ``facts`` are lr, epoch, and what the engine says of it (see ``events.py``)."""
         now = time.perf_counter()
-        mask = batch.get("attention_mask")
-        num_tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         self.num_steps += 1
         self.num_skipped += facts["skipped"]
         broken = facts["skipped"] or facts.get("partial", False)

@@ -26,7 +26,7 @@ from .checkpoint import (
     step_of,
 )
 from .config import ABOUT_RESUMING, FREE_TO_CHANGE, TrainConfig
-from .rng import random_state, set_random_state
+from .rng import of_ranks, random_state, set_random_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,6 +158,7 @@ def state_of(run: Run, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "engine": run.engine.state_dict(),
         "report": run.report.state_dict(),
         "random": random_state(),
+        "random_of_ranks": of_ranks(run.ranks),
         "config": {name: value for name, value in config.items() if name not in ABOUT_RESUMING},
         "versions": versions(run.device),
         **more,
@@ -188,7 +189,12 @@ def restore(run: Run, checkpoint: Checkpoint, skip_to_batch: int | None = None) 
     run.num_batches = max(state["num_batches"], skip_to_batch or 0)
     _set_schedule(run, state["step"])
     _tell_versions(state["versions"], versions(run.device))
-    set_random_state(state["random"])
+    if run.ranks.is_first:
+        set_random_state(state["random"])
+    else:  # with another number of ranks some go on with what they were seeded with
+        others = state.get("random_of_ranks", [])
+        if run.ranks.rank - 1 < len(others):
+            set_random_state(others[run.ranks.rank - 1])
 
 
 def _load_optimizers(run: Run, checkpoint: Checkpoint) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ranks import Ranks
+
 
 def random_state() -> dict[str, Any]:
     """Of torch on the CPU and on every GPU, of Python and of numpy."""
@@ -40,3 +42,12 @@ def _text(state: Tensor) -> str:
 
 def _tensor(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def of_ranks(ranks: Ranks) -> list[dict[str, Any]]:
+    """What :func:`random_state` gives on every rank but the first; empty where there is one."""
+    if ranks.size == 1:
+        return []
+    found: list[Any] = [None] * ranks.size
+    torch.distributed.all_gather_object(found, random_state())
+    return found[1:]

@@ -15,22 +15,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..data.tokens import IGNORED
 from ..evaluation import LossResult, choice_accuracies, evaluate_loss
 from ..fusing import fuse
 from ..log import get_logger
-from ..models import Adapters, load_model, load_tokenizer, parse_dtype, set_attention
+from ..models import Adapters, ChunkedLoss, load_model, load_tokenizer, parse_dtype, set_attention
 from ..models.lora import require_peft
 from ..planning import computes_bfloat16
+from ..ranks import ALONE, Ranks
+from ..sharding import shard
 from .adapters import make_adapters, make_optimizers, optimizer_state_bytes
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .data import TrainData, find_data, load_data
+from .data import TrainData, TrainInputs, find_data, load_data
 from .interrupt import StopAfterStep
 from .planned import Placement, place_as_set, plan_placement, predicted_by_kind
-from .report import Reporter, program_bytes
+from .report import Reporter, count_tokens, program_bytes
 from .resume import versions
 from .schedule import make_schedule
 from .setup import check_disk, count_steps, resolve_device
+from .together import on_all, on_first, one_after_another, own_rows, random_seed
 from .trackers import require_trackers
 
 if TYPE_CHECKING:
@@ -49,7 +53,9 @@ class Run:
         adapters: of LoRA, if the settings ask for them.
         optimizers: of the model's weights, and of the adapters; together they hold all that is trained.
         schedulers: one for each of them, with the same schedule.
+        ranks: the processes that share the run; each has its rows of every batch.
         num_batches: batches of the data that have been used, those that were passed over included.
+        num_tokens: of the last one, over all ranks.
         others: as named.
     """
 
@@ -66,10 +72,12 @@ class Run:
     num_steps: int
     report: Reporter
     stop: StopAfterStep
+    ranks: Ranks
     num_batches: int = 0
+    num_tokens: int = 0
 
     def batches(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """(epoch, batch on the device) of every step that is left, epoch after epoch."""
+        """(epoch, this rank's rows of the batch, on the device) of every step that is left, epoch after epoch."""
         per_epoch = len(self.data.train)
         first, skipped = divmod(self.num_batches, per_epoch)
         endless = (
@@ -79,7 +87,29 @@ class Run:
         )
         for epoch, batch in itertools.islice(endless, self.num_steps - self.report.num_steps):
             self.num_batches += 1
-            yield epoch, {name: value.to(self.device) for name, value in batch.items()}
+            self.num_tokens = count_tokens(batch)
+            own = batch if self.ranks.size == 1 else own_rows(batch, self.ranks)
+            own = {name: value.to(self.device) for name, value in own.items()}
+            if self.ranks.size > 1 and self.engine.chunked_loss is None:
+                # The model's own loss, divided so that the mean over ranks is that over all counted tokens.
+                num_counted = int((batch["labels"][:, 1:] != IGNORED).sum())
+                own["num_items_in_batch"] = torch.tensor(num_counted / self.ranks.size, device=self.device)
+            yield epoch, own
+
+    def value_of(self, loss: Tensor) -> float:
+        """What the loss of this rank's rows, which the model has returned, says of the whole batch; the same on every rank."""
+        value = loss.item()
+        if self.ranks.size > 1 and self.engine.chunked_loss is None:
+            return self.ranks.sum([value])[0] / self.ranks.size
+        return value
+
+    def asked(self, save_is_due: bool) -> tuple[bool, bool]:
+        """After a step: (to stop, to save); what any rank was told, and what the first rank's clock says."""
+        if self.ranks.size == 1:
+            return self.stop.requested, save_is_due
+        stop, save = self.ranks.sum([float(self.stop.requested), float(save_is_due and self.ranks.is_first)])
+        self.stop.requested = stop > 0
+        return stop > 0, save > 0
 
     def close_step(self) -> None:
         """After the backward pass, which has updated everything: the next step may begin, with the next learning rates."""
@@ -103,7 +133,9 @@ class Run:
         """Score the held-out data, if there is any, and report it."""
         if self.data.held_out is None:
             return None
-        result = evaluate_loss(self.model, self.data.held_out.epoch(0))
+        batches = self.data.held_out.epoch(0)
+        own = batches if self.ranks.size == 1 else (own_rows(batch, self.ranks) for batch in batches)
+        result = evaluate_loss(self.model, own, self.ranks)
         found = choice_accuracies(self.model, self.tokenizer, self.data.choices) if self.data.choices else {}
         self.report.evaluation(result, {name: each.accuracy for name, each in found.items()})
         return result
@@ -135,6 +167,7 @@ def prepare(
     *,
     checkpoint: Checkpoint | None = None,
     show_progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Everything that can be refused, in order of its cost; nothing is written yet but a working copy of the weights.
 
@@ -144,17 +177,14 @@ def prepare(
         model: saves loading it.
         checkpoint: where to load model and tokenizer from, instead of what the settings say.
         show_progress: of the data, while it is read and tokenised.
+        ranks: that share the run; each of them calls this.
 
     Raises:
         What ``train`` raises before its first step.
     """
     device = resolve_device(config.device)
-    if config.lora_rank:
-        require_peft()
-    require_trackers(config.track or ())
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    found = find_data(config)
     loaded = config
     if (
         checkpoint is not None
@@ -162,25 +192,39 @@ def prepare(
         micro = checkpoint.state["micro_batch_size"] or config.batch_size
         loaded = dataclasses.replace(config, model=str(checkpoint.path), micro_batch_size=micro)
     trusted = config.trust_remote_code
-    tokenizer = load_tokenizer(loaded.model, trust_remote_code=trusted)
-    data = load_data(config, tokenizer, found, show_progress=show_progress)
+
+    def look() -> tuple[TrainInputs, PreTrainedTokenizerBase]:
+        if config.lora_rank:
+            require_peft()
+        require_trackers(config.track or ())
+        return find_data(config), load_tokenizer(loaded.model, trust_remote_code=trusted)
+
+    found, tokenizer = on_all(ranks, look)
+    data = one_after_another(ranks, lambda: load_data(config, tokenizer, found, show_progress=show_progress))
     config, loaded = (
         dataclasses.replace(each, micro_batch_size=each.rows_at_once(data.train.packing)) for each in (config, loaded)
     )
-    placement = plan_placement(loaded, device, output) if config.weights == "auto" else place_as_set(config)
+    sharded = ranks.size > 1
+    planned = config.weights == "auto" and not sharded
+    placement = plan_placement(loaded, device, output) if planned else place_as_set(config, sharded=sharded)
     dtype = parse_dtype(config.dtype)
     if model is None:
-        where = "cpu" if placement.streamed else device
-        model = load_model(
-            loaded.model, dtype=dtype, device=where, trust_remote_code=trusted, lazy=placement.streamed,
-            merge_adapters=checkpoint is None,
+        lazy = placement.streamed or sharded
+        model = on_all(
+            ranks,
+            lambda: load_model(
+                loaded.model, dtype=dtype, device="cpu" if lazy else device, trust_remote_code=trusted, lazy=lazy,
+                merge_adapters=checkpoint is None,
+            ),
         )  # fmt: skip
     if config.attention is not None:
         set_attention(model, config.attention)
-    torch.manual_seed(config.seed)  # here, so that it does not depend on what loading the model drew
+    torch.manual_seed(random_seed(config.seed, ranks.rank))  # here: it must not depend on what loading the model drew
     adapters = make_adapters(config, model, checkpoint)
     state = optimizer_state_bytes(config, model, adapters)
-    check_disk(output, model, placement.directory, config.num_checkpoints_at_once, state)
+    on_first(ranks, lambda: check_disk(output, model, placement.directory, config.num_checkpoints_at_once, state))
+    if sharded:
+        _shard(config, model)
     if dtype == torch.bfloat16 and not computes_bfloat16(device):
         _logger.warning(
             "this processor has no instructions for bfloat16: products are computed in float32 and rounded, so steps take longer "
@@ -216,4 +260,24 @@ def prepare(
         num_steps=num_steps,
         report=Reporter(device),
         stop=StopAfterStep(),
+        ranks=ranks,
     )
+
+
+def _shard(config: TrainConfig, model: PreTrainedModel) -> None:
+    """Spread the weights over all ranks.
+
+    Raises:
+        ValueError: the model has a loss of its own that cannot be a mean over the tokens of all ranks.
+    """
+    shard(
+        model,
+        ranks_per_node=config.ranks_per_node,
+        reduce_dtype="auto" if config.reduce_dtype == "float32" else None,
+        offload=config.weights == "cpu",
+    )
+    if ChunkedLoss.of(model) is None and not getattr(model, "accepts_loss_kwargs", True):
+        raise ValueError(
+            f"{type(model).__name__} computes a loss of its own that cannot be told how many tokens all processes have: train it in one "
+            "process"
+        )

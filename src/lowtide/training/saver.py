@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..log import get_logger
 from .adapters import write_checkpoint_model
 from .bad_steps import SpikeGuard
-from .checkpoint import FOLDER, keep_newest, list_checkpoints, write_checkpoint
+from .checkpoint import FOLDER, in_file_order, keep_newest, list_checkpoints, write_checkpoint
 from .events import EventLog
 from .resume import state_of
 from .setup import with_own_cache
+from .together import written_by_first
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..evaluation import LossResult
+    from ..weights.layout import Part
     from .run import Run
 
 _logger = get_logger(__name__)
@@ -28,11 +33,11 @@ class Saver:
     Args:
         run: between two steps whenever a method is called.
         output: directory of the run.
-        log: its events; where it stands is part of a checkpoint.
+        log: its events, on the first rank; where it stands is part of a checkpoint.
         guard: its recent losses are part of a checkpoint.
     """
 
-    def __init__(self, run: Run, output: Path, log: EventLog, guard: SpikeGuard) -> None:
+    def __init__(self, run: Run, output: Path, log: EventLog | None, guard: SpikeGuard) -> None:
         self.run, self.folder, self.log, self.guard = run, output / FOLDER, log, guard
         self.loss_before: LossResult | None = None
         self._last_time = time.monotonic()
@@ -51,14 +56,12 @@ class Saver:
             return step % config.save_steps == 0
         return config.save_seconds is not None and time.monotonic() - self._last_time >= config.save_seconds
 
-    def save_if_due(self) -> None:
+    def save_or_go_on(self) -> None:
         """Write a checkpoint, or go on without if it cannot be written and the settings say so.
 
         Raises:
             OSError: it cannot be written, and the settings say stop.
         """
-        if not self.is_due():
-            return
         try:
             self.save()
         except OSError as error:
@@ -84,31 +87,37 @@ class Saver:
 
     def _save(self, interrupted: bool) -> Path:
         run, start = self.run, time.perf_counter()
-        newest = self.newest()
-        if newest is not None and newest.name == f"step-{run.report.num_steps:08}" and self._wrote == newest:
-            return newest
+        target = self.folder / f"step-{run.report.num_steps:08}"
+        if self._wrote == target:
+            return target
         loss_before = None if self.loss_before is None else dataclasses.asdict(self.loss_before)
         tensors, state = state_of(
             run,
-            metrics_bytes=self.log.position(),
+            metrics_bytes=self.log.position() if self.log else 0,
             loss_before=loss_before,
             recent_losses=list(self.guard.recent),
             owes_evaluation=interrupted and run.evaluation_is_due(),  # who interrupts does not want to wait for it
         )
-        parts = run.engine.parts_of_model()
-        with with_own_cache(run.model):
-            path = write_checkpoint(
+        tensors = in_file_order(tensors)
+
+        def write(parts: Sequence[Part], tensor_of: Callable[[str], Tensor]) -> None:
+            write_checkpoint(
                 self.folder,
                 run.report.num_steps,
-                lambda directory: write_checkpoint_model(run, directory, parts),
+                lambda directory: write_checkpoint_model(run, directory, list(parts)),
                 tensors,
                 state,
+                tensor_of,
             )
-        keep_newest(self.folder, run.config.keep_checkpoints)
-        self._last_time, self._wrote = time.monotonic(), path
-        num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        seconds = time.perf_counter() - start
-        run.report.checkpoint(path=str(path), seconds=seconds, num_bytes=num_bytes, interrupted=interrupted)
-        return path
+
+        with with_own_cache(run.model):
+            written_by_first(run.ranks, run.engine.parts_of_model(), tensors, write)
+        self._last_time, self._wrote = time.monotonic(), target
+        if run.ranks.is_first:
+            keep_newest(self.folder, run.config.keep_checkpoints)
+            num_bytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+            seconds = time.perf_counter() - start
+            run.report.checkpoint(path=str(target), seconds=seconds, num_bytes=num_bytes, interrupted=interrupted)
+        return target
 
     _wrote: Path | None = None

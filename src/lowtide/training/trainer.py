@@ -17,7 +17,9 @@ import dataclasses
 import gc
 import math
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ from ..evaluation import LossResult
 from ..fusing import Engine
 from ..log import get_logger
 from ..models.lora import ADAPTER_FOLDER
+from ..ranks import Ranks
 from ..weights.direct_io import flush_directory
 from .adapters import save_trained
 from .bad_steps import MAX_ROLLBACKS, RollBack, SpikeGuard, TooManyBadStepsError, too_many
-from .checkpoint import FOLDER, Checkpoint, newest_checkpoint, set_aside
+from .checkpoint import FOLDER, Checkpoint, newest_checkpoint, read_unchecked, set_aside
 from .config import ABOUT_RESUMING, TrainConfig
+from .config_checks import check_for_ranks
 from .events import EventLog, Listener, read_events
 from .progress import ConsoleProgress
 from .report import peak_memory_bytes
@@ -49,6 +53,7 @@ from .resume import (
 from .run import Run, prepare
 from .saver import Saver
 from .setup import check_output, without_cache
+from .together import joined, on_first
 from .trackers import Trackers
 
 _logger = get_logger(__name__)
@@ -91,6 +96,9 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
     Same settings, same machine, same number of threads: the same losses and weights bit for bit on the CPU, in one go or resumed
     from checkpoints. Sets torch's global random seed, and its number of threads if ``config.threads`` is given.
 
+    Started by ``torchrun`` on several processes, or where a process group is there already, they share the run: see
+    ``docs/multi-gpu.md``. The output directory must be one that all of them see.
+
     Args:
         config: the settings.
         on_event: called with every event (see ``events.py``), before the progress display.
@@ -103,37 +111,70 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
         MemoryError: the weights do not fit in memory.
         OSError: the disk is full or failed.
         ModuleNotFoundError: there are to be adapters, and peft is not installed; or a tracker is not.
-        RuntimeError: the loss stayed not finite for many steps. No model is saved then.
+        RuntimeError: the loss stayed not finite for many steps. No model is saved then. Or another process of the run is gone or
+            has failed (``RankLostError``, ``OtherRankError``).
     """
     config.validate()
-    resumed = config.resume is not None
-    output = check_output(config.output, resumed=resumed)
-    with ExitStack() as stack:
-        log: EventLog | None = None
-        checkpoint: Checkpoint | None = None
-        if resumed:
-            if (output / "metrics.jsonl").exists():  # locked before anything there is touched
-                log = stack.enter_context(EventLog(output / "metrics.jsonl", existing=True))
-            clean_up(config, output)
-            if (found := _finished(config, output)) is not None:
-                return found
-            checkpoint = find_checkpoint(config, output)
-            if checkpoint is not None:
-                check_settings(config, checkpoint)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.resume is None:
+        config = dataclasses.replace(config, resume="auto")  # torchrun has started all processes again
+    with joined(config) as ranks, ExitStack() as stack:
+        check_for_ranks(config, ranks.size)
+        output = Path(config.output).expanduser()
+        log, checkpoint, finished = _begin(config, output, ranks, stack)
+        if finished is not None:
+            return finished
+        listener = on_event if ranks.is_first else None
         skip_to: int | None = None
         for rollbacks_left in range(MAX_ROLLBACKS, -1, -1):
             try:
-                return _run(config, output, log, checkpoint, skip_to, on_event, show_progress)
+                return _run(config, output, ranks, log, checkpoint, skip_to, listener, show_progress and ranks.is_first)
             except RollBack as asked:
-                checkpoint, skip_to = _before(asked, output), asked.num_batches
+                checkpoint, skip_to = _same(ranks, partial(_before, asked, output)), asked.num_batches
                 if checkpoint is None or not rollbacks_left:
                     raise TooManyBadStepsError(str(asked)) from None
                 _logger.warning("%s; back to step %d, and on behind the bad data", asked, checkpoint.step)
-                log = EventLog(output / "metrics.jsonl", existing=True)
+                log = EventLog(output / "metrics.jsonl", existing=True) if ranks.is_first else None
             gc.collect()  # the model that was given up is in circles of references
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     raise AssertionError("unreachable")
+
+
+def _begin(
+    config: TrainConfig, output: Path, ranks: Ranks, stack: ExitStack
+) -> tuple[EventLog | None, Checkpoint | None, TrainResult | None]:
+    """(the log of a run that is resumed, the checkpoint to go on from, what came of a run that is at its end)."""
+    log: EventLog | None = None
+    finished: TrainResult | None = None
+
+    def look() -> Checkpoint | None:
+        nonlocal log, finished
+        resumed = config.resume is not None
+        check_output(config.output, resumed=resumed)
+        if not resumed:
+            return None
+        if (output / "metrics.jsonl").exists():  # locked before anything there is touched
+            log = stack.enter_context(EventLog(output / "metrics.jsonl", existing=True))
+        clean_up(config, output)
+        finished = _finished(config, output)
+        checkpoint = None if finished else find_checkpoint(config, output)
+        if checkpoint is not None:
+            check_settings(config, checkpoint)
+        return checkpoint
+
+    checkpoint = _same(ranks, look)
+    if ranks.any(finished is not None):
+        finished = finished or _finished(config, output)
+    return log, checkpoint, finished
+
+
+def _same(ranks: Ranks, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """The checkpoint that the first rank finds, on every rank."""
+    found = on_first(ranks, find)
+    if ranks.size == 1:
+        return found
+    path = ranks.broadcast(None if found is None else str(found.path))
+    return found or (None if path is None else read_unchecked(Path(path)))
 
 
 def _before(asked: RollBack, output: Path) -> Checkpoint | None:
@@ -150,6 +191,7 @@ def _before(asked: RollBack, output: Path) -> Checkpoint | None:
 def _run(
     config: TrainConfig,
     output: Path,
+    ranks: Ranks,
     log: EventLog | None,
     checkpoint: Checkpoint | None,
     skip_to: int | None,
@@ -163,31 +205,37 @@ def _run(
         skip_to: after a rollback, the batch of the data to go on with; what the log has of the bad steps stays there.
         others: as in :func:`train`.
     """
-    run = prepare(config, output, checkpoint=checkpoint, show_progress=show_progress)
+    run = prepare(config, output, checkpoint=checkpoint, show_progress=show_progress, ranks=ranks)
     with ExitStack() as stack:
         # After an error the working copy may be all that is left of the weights; a rollback has a checkpoint.
         stack.push(lambda kind, *_: run.engine.remove(keep_copy=kind not in (None, RollBack)))
         guard = SpikeGuard(config.spike_factor, checkpoint.state["recent_losses"] if checkpoint else ())
         if checkpoint is not None:
             restore(run, checkpoint, skip_to)
-            set_later_aside(output, checkpoint)
-        output.mkdir(parents=True, exist_ok=True)
-        for saved in (output / "model", output / ADAPTER_FOLDER):
-            if saved.exists():  # of this run, before it was continued with more steps
-                set_aside(saved)
-        _write_settings(config, output)
-        log = log or EventLog(output / "metrics.jsonl", existing=config.resume is not None)
-        stack.callback(log.close)
-        if skip_to is None:
-            log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
-        listeners = run.report.listeners
-        listeners.append(log)
-        if on_event is not None:
-            listeners.append(on_event)
-        if config.track:
-            listeners.append(stack.enter_context(Trackers(config.track, output)))
-        if show_progress:
-            listeners.append(stack.enter_context(ConsoleProgress(log_every=config.log_every)))
+
+        def make_ready() -> EventLog:
+            if checkpoint is not None:
+                set_later_aside(output, checkpoint)
+            output.mkdir(parents=True, exist_ok=True)
+            for saved in (output / "model", output / ADAPTER_FOLDER):
+                if saved.exists():  # of this run, before it was continued with more steps
+                    set_aside(saved)
+            _write_settings(config, output)
+            opened = log or EventLog(output / "metrics.jsonl", existing=config.resume is not None)
+            stack.callback(opened.close)
+            if skip_to is None:
+                opened.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
+            listeners = run.report.listeners
+            listeners.append(opened)
+            if on_event is not None:
+                listeners.append(on_event)
+            if config.track:
+                listeners.append(stack.enter_context(Trackers(config.track, output)))
+            if show_progress:
+                listeners.append(stack.enter_context(ConsoleProgress(log_every=config.log_every)))
+            return opened
+
+        log = on_first(ranks, make_ready)
         saver = Saver(run, output, log, guard)
         stack.enter_context(run.stop)
         before, after = _evaluate_train_evaluate(run, saver, checkpoint)
@@ -212,7 +260,8 @@ def _evaluate_train_evaluate(
     run: Run, saver: Saver, checkpoint: Checkpoint | None
 ) -> tuple[LossResult | None, LossResult | None]:
     """Both scores; the second is None if the run was interrupted."""
-    run.report.config(**run.facts())
+    if run.ranks.is_first:
+        run.report.config(**run.facts())
     with without_cache(run.model):
         if checkpoint is None:
             saver.loss_before = run.evaluate()
@@ -231,19 +280,22 @@ def _run_steps(run: Run, saver: Saver) -> None:
     for epoch, batch in run.batches():
         rates = run.rates()
         loss = model(**batch).loss
-        spike = saver.guard.is_spike(loss.item())
+        value = run.value_of(loss)
+        spike = saver.guard.is_spike(value)
         if spike:
             loss = loss.detach()  # so that its graph is gone before the next one is made
         else:
             engine.backward(loss)  # every parameter is updated as its gradient completes
         run.close_step()
-        report.step(batch, loss.item(), **rates, epoch=epoch, **(SPIKE if spike else outcome(engine)))
-        _look_at(run, saver, loss.item())
-        if run.stop.requested:
+        report.step(run.num_tokens, value, **rates, epoch=epoch, **(SPIKE if spike else outcome(engine)))
+        _look_at(run, saver, value)
+        stop, save = run.asked(saver.is_due())
+        if stop:
             break
         if run.evaluation_is_due():
             run.evaluate()
-        saver.save_if_due()
+        if save:
+            saver.save_or_go_on()
 
 
 def _look_at(run: Run, saver: Saver, loss: float) -> None:

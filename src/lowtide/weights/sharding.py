@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..optim.shards import is_sharded, like_param, local_part
 from .placing import LazyWeights
 
 _SAFE_OFFLOAD = (2, 13)  # before it, a hook could read a gradient whose copy to host memory was still under way
@@ -127,6 +128,11 @@ def make_mesh(device_type: str, ranks_per_node: int | None) -> Any:
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All rows of a tensor that is spread over ranks, on every rank, which must all call this; others as they are."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    if (
+        tensor.dtype == torch.int16
+    ):  # of compensated rounding; gloo cannot send it, so its bits go as those of another type
+        as_other = like_param(tensor, local_part(tensor).view(torch.bfloat16), tensor.shape)
+        return as_other.full_tensor().view(torch.int16)  # type: ignore[attr-defined,no-any-return]
+    return tensor.full_tensor()  # type: ignore[attr-defined,no-any-return]

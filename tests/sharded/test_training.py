@@ -1,0 +1,124 @@
+"""``lowtide train`` on several ranks: the same run as in one process, and the same checkpoints."""
+
+import dataclasses
+
+import jobs
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowtide.training import read_events, train
+from lowtide.training.checkpoint import list_checkpoints
+from tiny_files import save_tiny_model
+from tiny_run import make_config, model_dir  # noqa: F401
+
+NUM_STEPS = 6
+
+
+def weights(directory):
+    return {
+        name: value for path in sorted(directory.glob("model*.safetensors")) for name, value in load_file(path).items()
+    }
+
+
+def difference(first, second):
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys() and a
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+def steps_of(output):
+    wanted = ("event", "step", "loss", "lr", "epoch", "num_tokens", "grad_norm", "skipped")
+    events = read_events(output / "metrics.jsonl")
+    return [{name: event.get(name) for name in wanted} for event in events if event["event"] in ("train", "eval")]
+
+
+def close(first, second, relative=1e-5):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        for name in a:
+            assert a[name] == (pytest.approx(b[name], rel=relative) if isinstance(b[name], float) else b[name]), (a, b)
+
+
+@pytest.fixture
+def make(make_config, tmp_path):  # noqa: F811
+    def make(name, **changes):
+        defaults = {
+            "max_steps": NUM_STEPS,
+            "output": str(tmp_path / name),
+            "eval_every": 4,
+            "batch_size": 7,
+            "lr": 0.02,
+        }
+        return make_config(**{**defaults, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adalomo"},
+        {"optimizer": "lomo", "micro_batch_size": 1, "lr": 0.5},
+        {"optimizer": "adamw", "packing": True, "lr": 1e-3, "clip_grad_norm": 0.5},
+    ],
+    ids=lambda changes: changes["optimizer"],
+)
+def test_the_same_settings_are_the_same_run(pools, make, tmp_path, size, changes):
+    """Seven rows on two and four ranks, and a last batch of an epoch with fewer rows than ranks."""
+    alone = train(make("alone", **changes), show_progress=False)
+    found = pools(size).run(jobs.train_run, make("ranks", **changes).to_dict())
+    assert all(each["steps"] == NUM_STEPS and not each["interrupted"] for each in found)
+    close(steps_of(tmp_path / "ranks"), steps_of(tmp_path / "alone"))
+    assert difference(tmp_path / "ranks" / "model", alone.model_dir) < 2e-6
+    assert len({each["after"] for each in found}) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["lomo", "adalomo", "adamw"])
+def test_a_checkpoint_goes_from_four_ranks_to_two_to_one(pools, make, tmp_path, optimizer):
+    changes = {"optimizer": optimizer, "lr": {"lomo": 0.5, "adalomo": 0.02, "adamw": 1e-3}[optimizer]}
+    alone = train(make("alone", **changes), show_progress=False)
+    config = make("moved", **changes)
+    assert all(each["interrupted"] for each in pools(4).run(jobs.train_run, config.to_dict(), stop_after=2))
+    saved = list_checkpoints(tmp_path / "moved" / "checkpoints")[0]
+    resumed = dataclasses.replace(config, resume="latest")
+    assert all(each["interrupted"] for each in pools(2).run(jobs.train_run, resumed.to_dict(), stop_after=4))
+    last = train(resumed, show_progress=False)
+    close(steps_of(tmp_path / "moved"), steps_of(tmp_path / "alone"))
+    assert difference(last.model_dir, alone.model_dir) < 2e-6
+
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).state_dict()
+    for name, value in weights(saved).items():
+        assert torch.equal(plain[name], value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "rounding": "compensated"}, {}], ids=str
+)
+def test_resumed_on_as_many_ranks_it_ends_bit_for_bit_the_same(pools, make, tmp_path, changes):
+    model = save_tiny_model(tmp_path / "dropout", attention_dropout=0.2)
+    changes = {"model": str(model), "optimizer": "adalomo", "batch_size": 8, "micro_batch_size": 1, **changes}
+    pools(4).run(jobs.train_run, make("whole", **changes).to_dict())
+    config = make("parts", **changes)
+    pools(4).run(jobs.train_run, config.to_dict(), stop_after=3)
+    pools(4).run(jobs.train_run, dataclasses.replace(config, resume="latest").to_dict())
+    assert steps_of(tmp_path / "parts") == steps_of(tmp_path / "whole")
+    assert difference(tmp_path / "parts" / "model", tmp_path / "whole" / "model") == 0
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(pools, make):
+    with pytest.raises(AssertionError, match="cannot be shared by 4"):
+        pools(4).run(jobs.train_run, make("refused", batch_size=3).to_dict())
+    with pytest.raises(AssertionError, match="a disk home needs one process"):
+        pools(2).run(jobs.train_run, make("refused", weights="./disk").to_dict())
+
+
+def test_what_fails_on_the_first_rank_ends_all(pools, make, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "something").write_text("mine")
+    with pytest.raises(AssertionError) as raised:
+        pools(2).run(jobs.train_run, make("taken").to_dict())
+    assert "is not empty" in str(raised.value) and "rank 1 ends because rank 0 has failed" in str(raised.value)
