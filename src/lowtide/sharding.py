@@ -20,7 +20,7 @@ def shard(
     mesh: Any = None,
     *,
     ranks_per_node: int | None = None,
-    reduce_dtype: torch.dtype | None | str = "auto",
+    reduce_dtype: torch.dtype | str | None = "auto",
     offload: bool = False,
     blocks: Iterable[nn.Module | str] | None = None,
 ) -> nn.Module:

@@ -96,7 +96,8 @@ class Arrived:
         if engine.measuring:
             for _, grad in entries:
                 engine.clamp_measured(grad)
-            for (slot, grad), norm in zip(entries, self._norms(entries), strict=True):
+            norms = self._norms(entries)
+            for (slot, grad), norm in zip(entries, norms, strict=True):
                 engine.measured(slot, grad, norm)
             return
         for slot, _ in entries:
@@ -104,8 +105,8 @@ class Arrived:
         if engine._norm.is_known:
             prepares: list[Prepare | None] = [engine._prepare] * len(entries)
         else:
-            prepares = []
-            for (slot, _), norm in zip(entries, self._norms(entries), strict=True):
+            prepares, norms = [], self._norms(entries)
+            for (slot, _), norm in zip(entries, norms, strict=True):
                 prepares.append(engine.prepare_with(slot, norm))
                 if engine.skipping:
                     return
@@ -122,7 +123,7 @@ class Arrived:
         for optimizer, updates in by_optimizer.items():
             optimizer.update_sharded(updates)
 
-    def _norms(self, entries: Sequence[tuple[ShardedSlot, Tensor]]) -> list[float] | list[Tensor]:
+    def _norms(self, entries: Sequence[tuple[ShardedSlot, Tensor]]) -> Sequence[float | Tensor]:
         """Of the whole gradients, the same on every rank; numbers where the host does not wait for them, else float32 tensors."""
         squares = torch.stack([_norm(grad).double().square() for _, grad in entries])
         sum_over_shards(entries[0][0].param, [squares])

@@ -211,7 +211,7 @@ class _MeanOverRanks(torch.autograd.Function):
         return (both[0] / both[1]).to(total.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return (grad * ctx.factor).to(grad.dtype), None
 
 

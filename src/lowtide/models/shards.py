@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..weights.cloning import can_clone
 from ..weights.layout import Part
-from ..weights.sharding import whole_tensor
 from ..weights.safetensors_file import Entry, clone_file, read_pieces, write_file
+from ..weights.sharding import whole_tensor
 from .blocks import find_blocks
 from .lora import base_names
 

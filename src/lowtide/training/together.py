@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -189,7 +189,8 @@ def written_by_first(
     if ranks.size == 1:
         return write(parts, tensors.__getitem__)
     names = {name: number for number, name in enumerate(tensors, start=len(parts))}
-    gathering = _Gathering([*(part.load for part in parts), *(partial(whole_tensor, t) for t in tensors.values())])
+    loads: list[Callable[[], Any]] = [part.load for part in parts]
+    gathering = _Gathering([*loads, *(partial(whole_tensor, tensor) for tensor in tensors.values())])
     gathered = [dataclasses.replace(part, load=partial(gathering.take, n)) for n, part in enumerate(parts)]
     value, error = None, None
     if ranks.is_first:
@@ -212,10 +213,10 @@ class _Gathering:
         loads: collective calls.
     """
 
-    def __init__(self, loads: Sequence[Callable[[], object]]) -> None:
+    def __init__(self, loads: Sequence[Callable[[], Any]]) -> None:
         self._loads, self._next = loads, 0
 
-    def take(self, number: int) -> object:
+    def take(self, number: int) -> Any:
         """The next one."""
         assert number == self._next, "ranks gather everything once, in order"
         self._next += 1

@@ -134,5 +134,5 @@ def whole_tensor(tensor: Tensor) -> Tensor:
         tensor.dtype == torch.int16
     ):  # of compensated rounding; gloo cannot send it, so its bits go as those of another type
         as_other = like_param(tensor, local_part(tensor).view(torch.bfloat16), tensor.shape)
-        return as_other.full_tensor().view(torch.int16)  # type: ignore[attr-defined,no-any-return]
-    return tensor.full_tensor()  # type: ignore[attr-defined,no-any-return]
+        return as_other.full_tensor().view(torch.int16)  # type: ignore[attr-defined]
+    return tensor.full_tensor()  # type: ignore[attr-defined]
