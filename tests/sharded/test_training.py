@@ -79,7 +79,8 @@ def test_the_same_settings_are_the_same_run(pools, make, tmp_path, size, changes
 def test_a_checkpoint_goes_from_four_ranks_to_two_to_one(pools, make, tmp_path, optimizer):
     changes = {"optimizer": optimizer, "lr": {"lomo": 0.5, "adalomo": 0.02, "adamw": 1e-3}[optimizer]}
     alone = train(make("alone", **changes), show_progress=False)
-    config = make("moved", **changes)
+    # Saved right behind an evaluation, which ends with a forward pass.
+    config = make("moved", save_every="4", **changes)
     assert all(each["interrupted"] for each in pools(4).run(jobs.train_run, config.to_dict(), stop_after=2))
     saved = list_checkpoints(tmp_path / "moved" / "checkpoints")[0]
     resumed = dataclasses.replace(config, resume="latest")

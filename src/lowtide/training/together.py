@@ -57,7 +57,7 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = datetime.timedelta(seconds=config.rank_timeout_seconds)
     try:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+        _connect("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout)
         ranks = Ranks()
         yield ranks
     except RuntimeError as error:
@@ -71,6 +71,15 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _connect(backend: str, timeout: datetime.timedelta) -> None:
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # On one machine torchrun keeps its store over a restart, with the addresses of processes that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch.distributed.PrefixStore(f"lowtide/{attempt}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _is_lost(error: RuntimeError) -> bool:

@@ -51,6 +51,8 @@ def shard_modules(
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
         "offload_policy": policy,
+        # The root's, too, which FSDP2 would leave whole: between two passes every parameter is what the optimizer knows.
+        "reshard_after_forward": True,
     }
 
     def load(params: Sequence[nn.Parameter]) -> None:

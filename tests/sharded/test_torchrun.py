@@ -1,0 +1,83 @@
+"""``torchrun -m lowtide train``: two machines that find each other, and a rank that dies and is started again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from kill_ranks import free_port
+from safetensors.torch import load_file
+
+from lowtide.training import TrainConfig, train
+from tiny_files import save_tiny_model, write_task
+
+PATIENCE_S = 240
+
+
+@pytest.fixture
+def settings(tmp_path):
+    model, data = save_tiny_model(tmp_path / "model"), write_task(tmp_path / "task.jsonl")
+
+    def make(name, **changes):
+        defaults = {
+            "model": str(model), "data": [str(data)], "output": str(tmp_path / name), "optimizer": "lomo", "lr": 0.5, "max_steps": 4,
+            "batch_size": 6, "max_seq_len": 32, "dtype": "float32", "eval_fraction": 0.1, "device": "cpu", "threads": 1,
+        }  # fmt: skip
+        return {**defaults, **changes}
+
+    return make
+
+
+def torchrun(tmp_path, name, options, settings):
+    flags = []
+    for key, value in settings.items():
+        flags += [f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "lowtide", "train", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / f"{name}.log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def weights(output):
+    return load_file(f"{output}/model/model.safetensors")
+
+
+def test_two_machines_run_a_job_to_its_end(tmp_path, settings):
+    """Two agents with a rendezvous on the loopback, a process each: as on two machines, but for the network between them."""
+    wanted = settings("together")
+    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "job"]
+    meeting += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    agents = [torchrun(tmp_path, f"agent-{number}", meeting, wanted) for number in range(2)]
+    codes = [agent.wait(PATIENCE_S) for agent in agents]
+    logs = [(tmp_path / f"agent-{number}.log").read_text() for number in range(2)]
+    assert codes == [0, 0], logs
+    assert sum("The model is in" in log for log in logs) == 1  # one rank speaks
+    alone = train(TrainConfig(**settings("alone")), show_progress=False)
+    found, expected = weights(wanted["output"]), weights(alone.output)
+    assert all((found[name] - value).abs().max() < 1e-6 for name, value in expected.items())
+
+
+def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(tmp_path, settings):
+    wanted = settings("restarted", max_steps=200, save_every="5", lr=0.02)
+    agent = torchrun(tmp_path, "agent", ["--nproc-per-node", "2", "--max-restarts", "1"], wanted)
+    checkpoints = tmp_path / "restarted" / "checkpoints"
+    end = time.monotonic() + PATIENCE_S
+    while not (checkpoints.is_dir() and any(path.name.startswith("step-") for path in checkpoints.iterdir())):
+        assert agent.poll() is None and time.monotonic() < end, (tmp_path / "agent.log").read_text()
+        time.sleep(0.02)
+    # On Linux torchrun's workers are its children; the second rank is the younger one.
+    workers = sorted(psutil.Process(agent.pid).children(), key=lambda process: process.create_time())
+    ranks = [process for process in workers if "lowtide" in " ".join(process.cmdline())]
+    os.kill(ranks[-1].pid, signal.SIGKILL)
+    code = agent.wait(PATIENCE_S)
+    log = (tmp_path / "agent.log").read_text()
+    assert code == 0, log
+    assert '"event": "resume"' in (tmp_path / "restarted" / "metrics.jsonl").read_text(), log
+    whole = train(TrainConfig(**settings("whole", max_steps=200, lr=0.02)), show_progress=False)
+    found, expected = weights(wanted["output"]), weights(whole.output)
+    assert all(
+        (found[name] - value).abs().max() < 1e-5 for name, value in expected.items()
+    )  # 200 steps in another order of sums
