@@ -21,7 +21,6 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "sharded")]
-os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, sys.path[:2]), os.environ.get("PYTHONPATH", "")])
 
 from rank_pool import PRELOAD
 from safetensors.torch import load_file
@@ -59,6 +58,8 @@ def free_port():
 class Torture:
     def __init__(self, folder, size, seed):
         self.folder, self.size, self.random = folder, size, random.Random(seed)
+        # The server that the ranks are forked from does not take over this process's path.
+        os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, sys.path[:2]), os.environ.get("PYTHONPATH", "")])
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([*PRELOAD, "lowtide.training.trainer"])
         self.model = save_tiny_model(folder / "model", attention_dropout=0.1)
