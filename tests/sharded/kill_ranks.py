@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "sharded")]
+sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS / "sharded"))
 
 from rank_pool import PRELOAD
 from safetensors.torch import load_file
