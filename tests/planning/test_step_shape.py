@@ -197,7 +197,7 @@ def test_a_model_without_blocks_is_refused():
 
 def test_its_constants_are_those_of_the_homes():
     assert step_shape.STAGING_BYTES == 4 * staging._BUFFER_BYTES
-    assert step_shape._TRIM_FROM_BYTES == home._TRIM_FROM_BYTES
+    assert step_shape._TRIM_FROM_BYTES == home.TRIM_FROM_BYTES
     assert step_shape._PAGE == PAGE_BYTES
 
 

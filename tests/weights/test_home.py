@@ -8,7 +8,7 @@ from lowtide.weights import home
 @pytest.mark.parametrize(("width", "expected"), [(16, 0), (2100, 2)])
 def test_only_large_blocks_give_memory_back(width, expected, monkeypatch):
     calls = []
-    monkeypatch.setattr(home, "_malloc_trim", lambda: calls.append)
+    monkeypatch.setattr(home, "malloc_trim", lambda: calls.append)
     device, block = home.DeviceHome(), nn.Linear(width, width)
     before = block.weight.detach().clone()
     device.fetch(block)
@@ -20,5 +20,5 @@ def test_only_large_blocks_give_memory_back(width, expected, monkeypatch):
 
 
 def test_other_c_libraries_do_without(monkeypatch):
-    monkeypatch.setattr(home, "_malloc_trim", lambda: None)
+    monkeypatch.setattr(home, "malloc_trim", lambda: None)
     home.DeviceHome().write_back(nn.Linear(2100, 2100))

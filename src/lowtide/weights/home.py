@@ -9,7 +9,7 @@ from functools import cache
 from torch import nn
 
 # Smaller blocks leave little behind, and giving memory back costs time.
-_TRIM_FROM_BYTES = 16 * 1024**2
+TRIM_FROM_BYTES = 16 * 1024**2
 
 
 class DeviceHome:
@@ -46,15 +46,15 @@ class MemoryTrim:
         large = self._large.get(block)
         if large is None:
             on_cpu = [param for param in block.parameters() if param.device.type == "cpu"]
-            large = sum(param.numel() * param.element_size() for param in on_cpu) >= _TRIM_FROM_BYTES
+            large = sum(param.numel() * param.element_size() for param in on_cpu) >= TRIM_FROM_BYTES
             self._large[block] = large
         # Not in evaluation: generating token by token would do it for every block and token.
-        if large and block.training and (trim := _malloc_trim()) is not None:
+        if large and block.training and (trim := malloc_trim()) is not None:
             trim(0)
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
+def malloc_trim() -> Callable[[int], int] | None:
     """glibc's ``malloc_trim``, or None with other C libraries."""
     try:
         return ctypes.CDLL(None).malloc_trim

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..optim.shards import is_sharded, like_param, local_part
+from .home import malloc_trim
+from .host_comm import use_slices
 from .placing import LazyWeights
 
 _SAFE_OFFLOAD = (2, 13)  # before it, a hook could read a gradient whose copy to host memory was still under way
@@ -44,7 +46,7 @@ def shard_modules(
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     source: LazyWeights | None = getattr(model, "lowtide_source", None)
-    names = {param: name for name, param in model.named_parameters()}
+    names = {id(param): name for name, param in model.named_parameters()}  # a reference would keep the whole of it
     on_gpu = mesh.device_type == "cuda"
     policy: Any = CPUOffloadPolicy(pin_memory=True) if offload and on_gpu else OffloadPolicy()
     options: dict[str, Any] = {
@@ -57,11 +59,11 @@ def shard_modules(
 
     def load(params: Sequence[nn.Parameter]) -> None:
         for param in params:
-            if source is not None and param in names:
-                param.data = source(names.pop(param)).to(param.dtype)
+            if source is not None and id(param) in names:
+                param.data = source(names.pop(id(param))).to(param.dtype)
 
-    inside = {param for unit in units for module in unit for param in module.parameters()}
-    load([param for param in model.parameters() if param not in inside])
+    inside = {id(param) for unit in units for module in unit for param in module.parameters()}
+    load([param for param in model.parameters() if id(param) not in inside])
     outer = [unit for unit in units if any(isinstance(module, nn.Embedding | nn.Linear) for module in unit)]
     load([param for unit in outer for module in unit for param in module.parameters()])
     before_root()
@@ -71,18 +73,22 @@ def shard_modules(
         sharded.append(fully_shard(list(unit) if len(unit) > 1 else unit[0], **options))
     sharded.append(fully_shard(model, **options))
     if not on_gpu:
-        _gather_late(model)
+        _spare_host_memory(model)
     if source is not None:
         del model.lowtide_source
 
 
-def _gather_late(model: nn.Module) -> None:
-    """On a CPU the next block's weights are not gathered while one computes: nothing would be gained, and two would be in memory."""
+def _spare_host_memory(model: nn.Module) -> None:
+    """On a CPU nothing is gained by gathering the next block's weights while one computes, and two would be in memory."""
     from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_modules_to_backward_prefetch([module])  # in place of the one before it: itself, which is there
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_modules_to_backward_prefetch([module])  # in place of the one before it: itself, which is there
+    if hasattr(FSDPModule, "set_custom_all_gather"):
+        use_slices(sharded)
+    if (trim := malloc_trim()) is not None:
+        trim(0)  # what loading has left behind
 
 
 def check_offload() -> None:
