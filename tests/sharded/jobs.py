@@ -228,3 +228,32 @@ def train_run(settings, stop_after=None):
         "interrupted": result.interrupted,
         "model": str(result.model_dir),
     }
+
+
+def train_with_own_loss(settings):
+    """A model whose head is not understood, so that it computes its own loss."""
+    from unittest import mock
+
+    from lowtide.models import ChunkedLoss
+
+    with mock.patch.object(ChunkedLoss, "of", classmethod(lambda cls, model: None)):
+        return train_run(settings)
+
+
+def train_with_full_disk(settings):
+    """The first checkpoint meets a full disk after its first tensor."""
+    from unittest import mock
+
+    from lowtide.models import shards
+
+    original, calls = shards.write_file, []
+
+    def write_file(path, entries, tensors):
+        calls.append(path)
+        if len(calls) == 1:
+            next(iter(tensors))
+            raise OSError(28, "No space left on device")
+        return original(path, entries, tensors)
+
+    with mock.patch.object(shards, "write_file", write_file):
+        return train_run(settings)

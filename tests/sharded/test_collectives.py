@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lowtide
+from helpers import tiny_batch, tiny_model
 from lowtide.weights import sharding
 
 NUM_BLOCKS = 3
@@ -37,6 +38,23 @@ def test_exact_clipping_gathers_and_scatters_once_more(pools):
 def test_kept_gradients_save_the_second_pass(pools):
     found = pools(2).run(jobs.count_collectives, clip_grad_norm=1.0, clip_memory_bytes=2**30)[0]
     assert found["reduce_scatter_"] == UNITS
+
+
+def test_the_public_code_reduces_every_gradient_as_a_whole(monkeypatch):
+    """What the counts above are to be compared with: lomo-optim under ZeRO-3, whose calls are counted instead of made."""
+    lomo = pytest.importorskip("lomo_optim.lomo", reason="lomo-optim is the oracle: pip install --no-deps lomo-optim")
+    model, sizes = tiny_model(), []
+    monkeypatch.setattr(lomo, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: sizes.append(tensor.numel()))
+    monkeypatch.setattr(lomo.dist, "get_rank", lambda: 0, raising=False)
+    for param in model.parameters():
+        param.ds_tensor = param.data.view(-1)
+    optimizer = lomo.Lomo(model, lr=0.1)
+    for _ in range(2):  # micro-batches
+        optimizer.fused_backward(model(**tiny_batch(0)).loss, 0.1)
+    num_tensors = len(list(model.parameters()))
+    assert len(sizes) == 2 * num_tensors > 2 * UNITS
+    assert sum(sizes) == 2 * sum(param.numel() for param in model.parameters())
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 1.0}, {"micro_batch_size": 1}], ids=str)

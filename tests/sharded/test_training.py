@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from lowtide.training import read_events, train
 from lowtide.training.checkpoint import list_checkpoints
+from superglue_files import write_rte
 from tiny_files import save_tiny_model
 from tiny_run import make_config, model_dir  # noqa: F401
 
@@ -123,3 +124,40 @@ def test_what_fails_on_the_first_rank_ends_all(pools, make, tmp_path):
     with pytest.raises(AssertionError) as raised:
         pools(2).run(jobs.train_run, make("taken").to_dict())
     assert "is not empty" in str(raised.value) and "rank 1 ends because rank 0 has failed" in str(raised.value)
+
+
+def test_a_loss_of_the_models_own_is_the_mean_over_all_tokens(pools, make, tmp_path):
+    changes = {"optimizer": "lomo", "lr": 0.5}
+    alone = train(make("alone", **changes), show_progress=False)
+    pools(2).run(jobs.train_with_own_loss, make("ranks", **changes).to_dict())
+    close(steps_of(tmp_path / "ranks"), steps_of(tmp_path / "alone"))
+    assert difference(tmp_path / "ranks" / "model", alone.model_dir) < 2e-6
+
+
+def test_a_task_is_trained_and_scored_as_in_one_process(pools, make, tmp_path):
+    write_rte(tmp_path / "SuperGLUE")
+    changes = {"task": "superglue/rte", "data": [str(tmp_path / "SuperGLUE")], "max_seq_len": 128, "max_steps": 4}
+    train(make("alone", **changes), show_progress=False)
+    pools(2).run(jobs.train_run, make("ranks", **changes).to_dict())
+    scores = [
+        [
+            (event["accuracy_sum"], event["accuracy_per_token"])
+            for event in read_events(tmp_path / name / "metrics.jsonl", "eval")
+        ]
+        for name in ("alone", "ranks")
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nobody_waiting(pools, make, tmp_path):
+    """The first process fails in the middle of a checkpoint; training goes on, or ends, on all of them."""
+    for name, on_error in (("goes on", "continue"), ("ends", "stop")):
+        settings = make(name, save_every="2", on_save_error=on_error).to_dict()
+        if on_error == "stop":
+            with pytest.raises(AssertionError, match="training stopped"):
+                pools(2).run(jobs.train_with_full_disk, settings)
+            continue
+        found = pools(2).run(jobs.train_with_full_disk, settings)
+        assert all(each["steps"] == NUM_STEPS for each in found)
+        events = read_events(tmp_path / name / "metrics.jsonl", "checkpoint")
+        assert ["error" in event for event in events] == [True, False]  # of step 2, and of step 4
