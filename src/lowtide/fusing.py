@@ -173,14 +173,14 @@ def fuse(
     check_model(model)
     check_optimizers(model, optimizers, scaled=loss_scale is not None)  # type: ignore[arg-type]
     compute_device = _compute_device(weights != "device", device)
-    wanted = _only_real_moves(_wanted_homes(weights), compute_device)
-    if wanted and adapted_layers(model):
-        raise ValueError("a model with adapters of peft must live where it is computed: use weights='device'")
     sharded = any(is_sharded(param) for param in model.parameters())
-    if sharded and wanted:
+    if sharded and weights != "device":
         raise ValueError(
             "a sharded model's weights live on its ranks: use weights='device', or lowtide.shard(..., offload=True)"
         )
+    wanted = {} if sharded else _only_real_moves(_wanted_homes(weights), compute_device)
+    if wanted and adapted_layers(model):
+        raise ValueError("a model with adapters of peft must live where it is computed: use weights='device'")
     outer, head = _outer_blocks(model, found) if wanted else ([], None)
     found = [*outer[:1], *found, *outer[1:]]
     home = place(model, found, by_name(model, found, wanted), compute_device)

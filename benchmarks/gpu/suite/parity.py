@@ -16,7 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lowtide
 from lowtide.models.chunked_loss import causal_lm_loss
 from lowtide.optim import FusibleOptimizer, kernels
+from lowtide.optim.shards import local_part
 from lowtide.planning import computes_bfloat16
+from lowtide.weights.sharding import check_offload
 
 from .context import Context, copies_on_a_cpu
 
@@ -146,8 +148,40 @@ def pinned_memory_is_registered(context: Context) -> Iterator[Check]:
     yield "pinned host memory", buffer.is_pinned() and same, f"is_pinned() says {buffer.is_pinned()}"
 
 
+def sharded_agrees(context: Context) -> Iterator[Check]:
+    """FSDP2 around every block, with one process: its hooks, streams and, where torch has it right, weights in host memory."""
+    backend = "gloo" if context.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    with tempfile.TemporaryDirectory(dir=context.directory) as folder:
+        store = torch.distributed.FileStore(str(Path(folder) / "store"), 1)
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        try:
+            yield from _sharded_cases(context)
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+def _sharded_cases(context: Context) -> Iterator[Check]:
+    try:
+        check_offload()
+        places = (False, True)
+    except RuntimeError as error:
+        places = (False,)
+        yield "sharded, weights in host memory", True, f"not tried: {error}"
+    for name, make in (
+        ("lomo", lambda params: lowtide.Lomo(params, lr=0.01)),
+        ("adalomo", lambda params: lowtide.AdaLomo(params, lr=1e-3)),
+    ):
+        expected = train(context, torch.float32, make)
+        for offload in places:
+            got = train(context, torch.float32, make, shard={"offload": offload})
+            worst = max((a - b).abs().max().item() for a, b in zip(expected, got, strict=True))
+            where = ", weights in host memory" if offload else ""
+            yield f"sharded = whole, {name}{where}", worst < 1e-5, f"largest difference {worst:.1e}"
+
+
 def train(
-    context: Context, dtype: torch.dtype, make: Callable[[Any], Any], *, fused: bool = True, clip: float | None = None, **options: Any
+    context: Context, dtype: torch.dtype, make: Callable[[Any], Any], *, fused: bool = True, clip: float | None = None,
+    shard: dict[str, Any] | None = None, **options: Any
 ) -> list[torch.Tensor]:  # fmt: skip
     """Parameters of a small Llama after ten steps.
 
@@ -155,6 +189,7 @@ def train(
         make: the optimizer.
         fused: False for an ordinary backward pass and step.
         clip: largest norm of the gradients, for ``fused=False``.
+        shard: options of ``shard``; None for a model that is not sharded.
         options: of ``fuse``.
     """
     torch.manual_seed(0)
@@ -164,6 +199,8 @@ def train(
         tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(context.device, dtype).train()
+    if shard is not None:
+        lowtide.shard(model, **shard)
     optimizer = make(model.parameters())
     if fused:
         with copies_on_a_cpu(context):
@@ -183,7 +220,7 @@ def train(
             optimizer.zero_grad()
     if fused:
         engine.remove()
-    return [param.detach().cpu().clone() for param in model.parameters()]
+    return [local_part(param.detach()).cpu().clone() for param in model.parameters()]
 
 
 def _fresh(weights: Any, suffix: str) -> Any:
@@ -203,4 +240,5 @@ CHECKS: tuple[Callable[[Context], Iterator[Check]], ...] = (
     fused_agrees_with_step,
     clipping_agrees_with_torch,
     homes_agree,
+    sharded_agrees,
 )
