@@ -175,7 +175,7 @@ def notes(run: History) -> list[str]:
             if number(run.settings.get("lora_rank"))
             else "an older version recorded none"
         )
-        found.append(f"The memory by kind is not shown, because there is no prediction of it in the metrics ({why}).")
+        found.append(f"No memory was predicted for this run, so there is none beside the measured ({why}).")
     return found
 
 

@@ -95,6 +95,11 @@ class Reporter:
         self._tell("train", loss=loss, num_tokens=num_tokens, tokens_per_s=speed, **memory, **facts)
         self._last = time.perf_counter()
 
+    def memory(self, traced: Mapping[str, Any], num_tokens: int) -> None:
+        """Report the memory of the step just reported, moment by moment (:class:`MemoryTrace`)."""
+        self._tell("memory", num_tokens=num_tokens, **traced)
+        self._last = time.perf_counter()
+
     def evaluation(self, result: LossResult, accuracies: Mapping[str, float]) -> None:
         """Report a held-out score, of a task with its accuracies by scoring. Its time does not count as time of a step."""
         scores = {"loss": result.loss, "perplexity": result.perplexity, "num_tokens": result.num_tokens}

@@ -230,14 +230,17 @@ def _run_steps(run: Run, saver: Saver) -> None:
     model, engine, report = run.model, run.engine, run.report
     for epoch, batch in run.batches():
         rates = run.rates()
-        loss = model(**batch).loss
-        spike = saver.guard.is_spike(loss.item())
-        if spike:
-            loss = loss.detach()  # so that its graph is gone before the next one is made
-        else:
-            engine.backward(loss)  # every parameter is updated as its gradient completes
-        run.close_step()
+        with run.memory_of_step() as trace:
+            loss = model(**batch).loss
+            spike = saver.guard.is_spike(loss.item())
+            if spike:
+                loss = loss.detach()  # so that its graph is gone before the next one is made
+            else:
+                engine.backward(loss)  # every parameter is updated as its gradient completes
+            run.close_step()
         report.step(batch, loss.item(), **rates, epoch=epoch, **(SPIKE if spike else outcome(engine)))
+        if trace is not None:
+            report.memory(trace.to_event(), batch["input_ids"].numel())
         _look_at(run, saver, loss.item())
         if run.stop.requested:
             break
