@@ -73,6 +73,15 @@ def memory_event(step=2, **changes):
     return event | changes
 
 
+def samples_event(step, *answers, prompt="say a:", expected=" aa", **changes):
+    """Prompts that differ in their number, each with an answer."""
+    samples = [
+        {"prompt": f"{prompt}{number or ''}", "expected": expected, "answer": answer}
+        for number, answer in enumerate(answers)
+    ]
+    return {"event": "samples", "step": step, "time": float(step), "seconds": 0.5, "samples": samples} | changes
+
+
 def end_event(step, **changes):
     return {
         "event": "end",

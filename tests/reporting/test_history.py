@@ -15,7 +15,7 @@ from lowtide.reporting.memory_chart import (
     measured_by_group,
     moments_by_group,
 )
-from run_events import config_event, end_event, eval_event, memory_event, train_event, whole_run
+from run_events import config_event, end_event, eval_event, memory_event, samples_event, train_event, whole_run
 
 
 def of(*events, **options):
@@ -137,3 +137,19 @@ def test_a_memory_event_without_what_an_older_version_did_not_write():
     del event["most_bytes"]
     found = of(config_event(), event).memory_of_step
     assert found.num_tokens is None and found.most["gradients"] == 4000
+
+
+def test_samples_are_the_first_and_the_last_answer():
+    run = of(config_event(), samples_event(0, "x", "y"), samples_event(5, "", "m"), samples_event(9, "aa", "z"))
+    first, second = run.samples
+    assert (first.prompt, first.expected, first.answers) == ("say a:", " aa", [(0, "x"), (9, "aa")])
+    assert second.answers == [(0, "y"), (9, "z")]
+
+
+def test_one_answer_is_one():
+    assert of(config_event(), samples_event(0, "x")).samples[0].answers == [(0, "x")]
+
+
+@pytest.mark.parametrize("samples", [None, "text", [None], [{}], [{"prompt": "a", "expected": "b", "answer": 3}]])
+def test_broken_samples_are_left_out(samples):
+    assert of(config_event(), samples_event(0, samples=samples)).samples == []

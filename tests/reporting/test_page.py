@@ -4,7 +4,7 @@ from lowtide.reporting import page as page_module
 from lowtide.reporting.history import History
 from lowtide.reporting.page import content, page, plotly_script
 from page_reader import Page, hash_of
-from run_events import config_event, end_event, eval_event, memory_event, train_event, whole_run
+from run_events import config_event, end_event, eval_event, memory_event, samples_event, train_event, whole_run
 
 DEFAULTS = {"model": None, "optimizer": "adalomo", "lr": None, "clip": "exact"}
 SETTINGS = {"model": "tiny", "optimizer": "lomo", "lr": 0.1, "clip": "exact"}
@@ -85,6 +85,33 @@ def test_without_a_prediction_the_step_is_shown_alone(short_plotly):
     assert "predicted peak" not in [trace["name"] for trace in found.charts["memory-in-step"]["traces"]]
 
 
+def test_samples_before_and_after(short_plotly):
+    events = [config_event(), samples_event(0, "bzzz", ""), train_event(1), samples_event(1, "aa", "bb")]
+    found = page_of(history(events))
+    assert found.all("article") == [{"class": "sample"}] * 2
+    text = found.text
+    places = [
+        text.index(part, text.index("say a:")) for part in ("bzzz", "after step 1", "aa", "in the data", "say a:1")
+    ]
+    assert places == sorted(places) and "nothing" in text[places[-1] :]
+    assert not page_of(history(whole_run())).all("article")
+
+
+def test_samples_of_two_runs_stand_beside_each_other(short_plotly):
+    runs = [
+        history([config_event(), samples_event(0, "same"), samples_event(3, name)], name) for name in ("one", "two")
+    ]
+    found = page_of(*runs)
+    assert len(found.all("article")) == 1 and found.text.count("in the data") == 1
+    assert "before the first step, one" in found.text and "after step 3, two" in found.text
+
+
+def test_long_samples_are_cut(short_plotly):
+    events = [config_event(), samples_event(0, "y" * 5000, prompt="<s>" + "x" * 5000)]
+    text = page_of(history(events)).text
+    assert text.count("x") < 700 and text.count("y") < 1200 and "…" in text
+
+
 def test_an_old_run_has_no_memory_by_kind_and_says_so(short_plotly):
     events = whole_run()
     for name in ("predicted_memory", "program_bytes", "versions", "clip_grad_norm"):
@@ -102,6 +129,7 @@ def test_what_is_hostile_stays_text(short_plotly):
         train_event(1),
         {"event": "checkpoint", "step": 1, "time": 1.0, "error": HOSTILE},
         {"event": "resume", "step": HOSTILE, "time": 1.0},
+        samples_event(0, HOSTILE, prompt=HOSTILE, expected=HOSTILE),
         memory_event(
             where=[HOSTILE] * 4, bytes={HOSTILE: [1] * 4, "gradients": [2] * 4}, most_bytes={HOSTILE: HOSTILE}
         ),

@@ -51,6 +51,15 @@ class MemoryOfStep:
         return max(range(len(self.total)), key=self.total.__getitem__)
 
 
+@dataclasses.dataclass(frozen=True)
+class AnsweredSample:
+    """A prompt of the held-out data, what the data says to it, and what the model did: (step, answer) in their order."""
+
+    prompt: str
+    expected: str
+    answers: list[tuple[int, str]]
+
+
 class History:
     """One run. Steps that a rollback has taken anew are there once, as they were taken last.
 
@@ -67,6 +76,7 @@ class History:
         parts: a list of events for each time that the run was begun or went on.
         end: the ``end`` event, if there is one of the last part.
         memory_of_step: of the step that was followed, if one was.
+        samples: prompts with the answers to them.
         others: as above.
     """
 
@@ -92,6 +102,7 @@ class History:
         last = self.parts[-1] if self.parts else []
         self.end = next((event for event in reversed(last) if event["event"] == "end"), None)
         self.memory_of_step = next((found for event in reversed(every) if (found := _memory_of_step(event))), None)
+        self.samples = _samples([event for event in every if event["event"] == "samples"])
         self.skipped = [event for event in taken if event.get("skipped") is True or event.get("partial") is True]
         self.failed_saves = [event for event in every if event["event"] == "checkpoint" and "error" in event]
 
@@ -200,6 +211,24 @@ def _numbers(values: Any) -> list[float] | None:
         return None
     found = [value for raw in values if (value := number(raw)) is not None]
     return found if len(found) == len(values) else None
+
+
+def _samples(events: Sequence[Mapping[str, Any]]) -> list[AnsweredSample]:
+    """By prompt; of several answers the first and the last."""
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for event in events:
+        listed = event.get("samples")
+        for each in listed if isinstance(listed, list) else []:
+            texts = [each.get(name) for name in ("prompt", "expected", "answer")] if isinstance(each, dict) else []
+            if texts and all(isinstance(text, str) for text in texts):
+                found.setdefault((str(texts[0]), str(texts[1])), {})[int(event["step"])] = str(texts[2])
+    samples = []
+    for (prompt, expected), answers in found.items():
+        steps = sorted(answers)
+        samples.append(
+            AnsweredSample(prompt, expected, [(step, answers[step]) for step in {steps[0]: 0, steps[-1]: 0}])
+        )
+    return samples
 
 
 def running_means(values: Sequence[float | None], window: int) -> list[float | None]:

@@ -17,6 +17,7 @@ from typing import Any
 from .charts import Chart, curve_charts, memory_curve
 from .history import History
 from .memory_chart import memory_by_kind, memory_in_step
+from .samples import samples_list
 from .tables import held_out_table, key_figures, memory_table, notes, settings_tables, versions_table
 
 MARK = "<!doctype html>\n<!-- lowtide report -->"
@@ -55,6 +56,7 @@ def content(runs: Sequence[History], defaults: Mapping[str, Any]) -> dict[str, A
         f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in remarks)}</ul>' if remarks else "",
         _section("figures", "Key figures", key_figures(runs)),
         _section("curves", "Training", _figures(charts) + _folded("Evaluations as a table", held_out_table(runs))),
+        _section("samples", "Samples: the same held-out prompts before and after", samples_list(runs)),
         _section("memory", "Memory", _figures(memory) + _folded("Memory by kind as a table", memory_table(runs))),
         _section("settings", "Settings", settings_tables(runs, defaults)),
         _section("versions", "Versions", versions_table(runs)),

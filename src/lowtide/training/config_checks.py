@@ -38,6 +38,10 @@ def _check_combinations(config: TrainConfig) -> None:
         raise ValueError(
             f"micro_batch_size must not be larger than batch_size ({config.batch_size}), got {config.micro_batch_size}"
         )
+    if config.samples and config.eval_fraction == 0 and config.eval_data is None and config.task is None:
+        raise ValueError(
+            "samples are answers to held-out prompts: give eval_data or an eval_fraction above 0, or leave them out"
+        )
     if config.save_every is not None and (config.save_steps == 0 or config.save_seconds == 0):
         raise ValueError("save_every must be at least one step, or a time above 0")
     if config.on_bad_steps == "rollback" and config.save_every is None:
@@ -128,7 +132,13 @@ def _check_ranges(config: TrainConfig) -> None:
         "max_bad_steps",
         "lora_alpha",
     )
-    for name, least in [*((name, 1) for name in counts), ("max_seq_len", 2), ("seed", 0), ("lora_rank", 0)]:
+    for name, least in [
+        *((name, 1) for name in counts),
+        ("max_seq_len", 2),
+        ("seed", 0),
+        ("lora_rank", 0),
+        ("samples", 0),
+    ]:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,6 +105,11 @@ class Reporter:
         scores = {"loss": result.loss, "perplexity": result.perplexity, "num_tokens": result.num_tokens}
         scores |= {f"accuracy_{name}": value for name, value in accuracies.items()}
         self._tell("eval", **scores, **self._memory())
+        self._last = time.perf_counter()
+
+    def samples(self, samples: Sequence[Mapping[str, str]], seconds: float) -> None:
+        """Report what the model says to prompts. Its time does not count as time of a step."""
+        self._tell("samples", samples=list(samples), seconds=seconds)
         self._last = time.perf_counter()
 
     def resume(self, checkpoint: str, num_batches: int) -> None:

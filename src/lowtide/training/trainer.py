@@ -47,6 +47,7 @@ from .resume import (
     set_later_aside,
 )
 from .run import Run, prepare
+from .samples import take_samples
 from .saver import Saver
 from .setup import check_output, without_cache
 from .trackers import Trackers
@@ -216,13 +217,18 @@ def _evaluate_train_evaluate(
     with without_cache(run.model):
         if checkpoint is None:
             saver.loss_before = run.evaluate()
+            take_samples(run)
         else:
             saver.loss_before = saved_loss(checkpoint.state)
             run.report.resume(str(checkpoint.path), run.num_batches)
             if checkpoint.state["owes_evaluation"]:
                 run.evaluate()
         _run_steps(run, saver)
-        return saver.loss_before, None if run.stop.requested else run.evaluate()
+        if run.stop.requested:
+            return saver.loss_before, None
+        loss_after = run.evaluate()
+        take_samples(run)
+        return saver.loss_before, loss_after
 
 
 def _run_steps(run: Run, saver: Saver) -> None:
