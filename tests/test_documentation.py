@@ -85,7 +85,7 @@ def not_run(line):
 
 def words_of(line):
     """The arguments of a command, with everything in place."""
-    words = shlex.split(line)[1:]
+    words = shlex.split(line.split(" > ")[0])[1:]
     for before, after in PUT_IN_PLACE.items():
         words = [
             part for word in words for part in (after.split() if word == before else [word.replace(before, after)])
