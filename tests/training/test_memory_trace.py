@@ -69,6 +69,24 @@ def test_the_paper_s_claim_one_gradient_at_a_time():
     assert column(trace, GRADIENTS)[0][1] == column(trace, GRADIENTS)[-1][1] == 0
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("clip_grad_norm", [None, 1e-3])
+def test_the_vocabulary_matrix(tied, clip_grad_norm):
+    """Where it is tied autograd holds the head's part until the embedding's comes at the end."""
+    model = tiny_model("llama", vocab_size=2000, tie_word_embeddings=tied)
+    optimizer = lowtide.Lomo(model.parameters(), lr=1e-3)
+    engine = lowtide.fuse(model, optimizer, clip_grad_norm=clip_grad_norm)
+    matrix = model.get_output_embeddings().weight.nbytes
+    with MemoryTrace(engine, [optimizer], "cpu")() as trace:
+        engine.backward(model(**tiny_batch()).loss)
+    optimizer.step()
+    engine.remove()
+    assert trace.most[GRADIENTS] == (2 * matrix if tied else matrix)
+    block = model.model.layers[1].mlp.up_proj.weight.nbytes  # the largest there
+    assert most(trace, GRADIENTS, "backward, model.layers.1") == block + (matrix if tied else 0)
+    assert column(trace, GRADIENTS)[-1] == ("after the step", 0)
+
+
 def test_a_block_s_gradients_with_micro_batches():
     trace, model = trace_of(micro_batch_size=3)
     # The sums of the whole block, and the part of the last micro-batch that is about to be added to one of them.

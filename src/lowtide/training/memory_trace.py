@@ -61,6 +61,9 @@ class MemoryTrace:
         self._kept: dict[BlockRunner, dict[int, int]] = {}  # bytes by address: blocks share their masks
         self._held: dict[Slot, int] = {}  # gradients that wait: sums over micro-batches, or kept for the second pass
         self._fresh = 0  # bytes of the gradient whose hook is running
+        self._parts: dict[
+            Tensor, int
+        ] = {}  # bytes that autograd holds of gradients that are not complete: those of tied weights
         self._start, self._every_s = 0.0, _EVERY_S
         self._lock = threading.Lock()  # around what the thread reads
 
@@ -71,6 +74,7 @@ class MemoryTrace:
         for runner in engine._runners:
             handles.append(runner.block.register_forward_pre_hook(self._before(runner), with_kwargs=True))
             handles.append(runner.block.register_forward_hook(self._after(runner)))
+        handles.append(engine.model.register_forward_hook(self._at_output))
         names: dict[Tensor, str] = {param: name for name, param in engine.model.named_parameters()}
         for slot in engine._slots.values():
             slot.attach(self._at_gradient(slot, names.get(slot.param, "a parameter")))
@@ -83,7 +87,7 @@ class MemoryTrace:
         finally:
             done.set()
             thread.join()
-            self._kept = {}
+            self._kept, self._parts = {}, {}
             self._at_border("after the step")
             for handle in handles:
                 handle.remove()
@@ -121,13 +125,40 @@ class MemoryTrace:
 
         return hook
 
+    def _at_output(self, module: Any, args: Any, output: Any) -> None:
+        """See whatever sends a gradient to a parameter from outside of blocks."""
+        loss = getattr(output, "loss", None)
+        leaves = [loss] if isinstance(loss, Tensor) else pytree.tree_leaves(output)
+        todo = [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        seen = set(todo)
+        while todo:
+            node = todo.pop()
+            params = [getattr(follower, "variable", None) for follower, _ in node.next_functions]
+            if any(param is not None and param in self._engine._slots for param in params):
+                node.register_hook(self._at_parts(params))
+            fresh = {follower for follower, _ in node.next_functions if follower is not None} - seen
+            seen |= fresh
+            todo += fresh
+
+    def _at_parts(self, params: list[Tensor | None]) -> Callable[..., None]:
+        def hook(grads: tuple[Tensor | None, ...], _: Any) -> None:
+            with self._lock:
+                for param, grad in zip(params, grads, strict=True):
+                    if param is not None and grad is not None:
+                        self._parts[param] = self._parts.get(param, 0) + grad.nbytes
+            self._take()
+
+        return hook
+
     def _at_gradient(self, slot: Slot, name: str) -> Callable[[Tensor], None]:
         def on_grad(param: Tensor) -> None:
             running = self._engine._running
             where = f"{self._pass()}, {name if running is None else self._names[running]}"
             if where != self._where:
                 self._at_border(where)
-            self._fresh = 0 if param.grad is None else param.grad.nbytes
+            with self._lock:
+                self._parts.pop(param, None)
+                self._fresh = 0 if param.grad is None else param.grad.nbytes
             self._take()
             slot.on_grad(param)  # the gradient is used, and gone, or added to what is held
             with self._lock:
@@ -168,7 +199,7 @@ class MemoryTrace:
 
     def _take(self) -> None:
         with self._lock:
-            self._now[GRADIENTS] = self._fresh + sum(self._held.values())
+            self._now[GRADIENTS] = self._fresh + sum(self._held.values()) + sum(self._parts.values())
             now = tuple(self._now[kind] for kind in COUNTED)
             for kind, value in zip(COUNTED, now, strict=True):
                 self.most[kind] = max(self.most[kind], value)
