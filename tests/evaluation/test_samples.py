@@ -53,6 +53,11 @@ def test_prompts_that_are_too_long_are_passed_over():
     assert choose_samples(batches(answer(8, 3)), 2, max_tokens=MAX_NEW_TOKENS) == []
 
 
+def test_the_same_prompt_is_not_asked_twice():
+    found = choose_samples(batches(answer(4, 3), answer(4, 3), answer(5, 3)), 3)
+    assert [len(sample.prompt) for sample in found] == [4, 5]
+
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     directory = save_tiny_model(tmp_path_factory.mktemp("samples") / "model")

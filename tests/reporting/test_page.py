@@ -172,6 +172,10 @@ def test_hardly_anything(events, short_plotly):
     assert "run" in page_of(history(events)).text
 
 
+def test_one_evaluation_is_no_change(short_plotly):
+    assert "Held-out loss 2." in page_of(history([config_event(), eval_event(0)])).text
+
+
 def test_a_resumed_and_an_interrupted_run(short_plotly):
     events = [
         config_event(), train_event(1), config_event(1),

@@ -5,6 +5,15 @@ import signal
 import pytest
 
 from lowtide.training import read_events, samples, train
+from tiny_files import write_jsonl
+
+
+@pytest.fixture
+def make_config(make_config, tmp_path):
+    """Four different prompts, half of all records held out."""
+    rows = [{"prompt": f"say {letter}:", "completion": f" {letter * 2}"} for letter in "abcd" * 16]
+    data = str(write_jsonl(tmp_path / "letters.jsonl", rows))
+    return lambda **changes: make_config(**{"data": [data], "eval_fraction": 0.5, **changes})
 
 
 def run(config, stop_after=None):
@@ -20,8 +29,8 @@ def taken(result):
 
 
 def test_before_and_after(make_config):
-    before, after = taken(run(make_config(samples=None, max_steps=30)))
-    assert (before["step"], after["step"]) == (0, 30)
+    before, after = taken(run(make_config(samples=None, max_steps=60)))
+    assert (before["step"], after["step"]) == (0, 60)
     assert len(before["samples"]) == len(after["samples"]) == 3
     for one, two in zip(before["samples"], after["samples"], strict=True):
         assert (one["prompt"], one["expected"]) == (two["prompt"], two["expected"])

@@ -38,7 +38,7 @@ class Sample:
 
 
 def choose_samples(held_out: Batches, count: int, max_tokens: int | None = None) -> list[Sample]:
-    """The first held-out examples that leave room for an answer: always the same ones of the same data.
+    """The first different held-out examples that leave room for an answer: always the same ones of the same data.
 
     Of an example that is learnt in parts (an answer, the turns of an assistant) the prompt is what comes before the first part, and
     expected is that part. Of plain text it is the first half, 24 tokens at most.
@@ -54,7 +54,7 @@ def choose_samples(held_out: Batches, count: int, max_tokens: int | None = None)
         if len(found) == count:
             break
         sample = _split(*held_out.example(number))
-        if len(sample.prompt) <= longest:
+        if len(sample.prompt) <= longest and sample not in found:
             found.append(sample)
     return found
 
