@@ -55,7 +55,9 @@ def test_predicted_memory_stands_beside_the_measured(short_plotly):
     weights = found.trace("memory-by-kind", "weights")
     assert weights["y"] == ["predicted", "measured"] and weights["x"] == [2**-10, 0.0]
     assert found.trace("memory-by-kind", "measured above that")["x"] == [0.0, 0.5]
-    assert "Predicted memory by kind" in found.text
+    table = found.text[found.text.index("Memory by kind as a table") :]
+    places = [table.index(part) for part in ("predicted", "measured", "weights", "1.00 MiB", "together", "1.00 GiB")]
+    assert places == sorted(places)
 
 
 def test_memory_inside_of_a_step(short_plotly):
