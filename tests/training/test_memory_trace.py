@@ -11,7 +11,16 @@ import lowtide
 from helpers import tiny_batch, tiny_model
 from lowtide.training import read_events, train
 from lowtide.training import run as run_module
-from lowtide.training.memory_trace import GRADIENTS, KEPT, STATE, WEIGHTS, MemoryTrace, thinned
+from lowtide.training.memory_trace import (
+    GRADIENTS,
+    KEPT,
+    STATE,
+    WEIGHTS,
+    MemoryTrace,
+    state_bytes,
+    thinned,
+    weight_bytes,
+)
 from streaming_cpu import stream_on_cpu
 
 WIDTH, ROWS = 64, 8
@@ -159,6 +168,17 @@ def test_moments_are_in_order_and_of_this_process():
     assert times == sorted(times)
     assert min(moment[2] for moment in trace.moments) > 2**20
     assert trace.moments[0][1] == "before the step" and trace.moments[-1][1] == "after the step"
+
+
+def test_of_sharded_tensors_the_part_of_this_process_counts():
+    """A stand-in for DTensor, which has its part in this attribute and says the bytes of the whole."""
+    whole = nn.Parameter(torch.zeros(64))
+    whole._local_tensor = torch.zeros(16)
+    optimizer = torch.optim.SGD([whole], lr=1.0)
+    optimizer.state[whole] = {"exp_avg": whole}
+    home = type("Home", (), {"streamed": ()})()
+    engine = type("Engine", (), {"home": home})()
+    assert weight_bytes([whole], engine) == state_bytes([optimizer]) == 64
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error():

@@ -145,7 +145,7 @@ class MemoryTrace:
             with self._lock:
                 for param, grad in zip(params, grads, strict=True):
                     if param is not None and grad is not None:
-                        self._parts[param] = self._parts.get(param, 0) + grad.nbytes
+                        self._parts[param] = self._parts.get(param, 0) + local_bytes(grad)
             self._take()
 
         return hook
@@ -158,7 +158,7 @@ class MemoryTrace:
                 self._at_border(where)
             with self._lock:
                 self._parts.pop(param, None)
-                self._fresh = 0 if param.grad is None else param.grad.nbytes
+                self._fresh = 0 if param.grad is None else local_bytes(param.grad)
             self._take()
             slot.on_grad(param)  # the gradient is used, and gone, or added to what is held
             with self._lock:
@@ -233,7 +233,7 @@ def thinned(moments: Sequence[Moment], most: int) -> list[Moment]:
 
 def weight_bytes(params: Iterable[Tensor], engine: Engine) -> int:
     """Of the model where it is computed, buffers for weights from elsewhere included; a stand-in for such a weight has one element."""
-    storages = (param.untyped_storage() for param in params)
+    storages = (_local(param).untyped_storage() for param in params)
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     buffers = (slot.buffer for home in engine.home.streamed for slot in home._slots)
     sizes |= {buffer.untyped_storage().data_ptr(): buffer.nbytes for buffer in buffers}  # parameters may be in them now
@@ -243,4 +243,13 @@ def weight_bytes(params: Iterable[Tensor], engine: Engine) -> int:
 def state_bytes(optimizers: Sequence[Optimizer]) -> int:
     """Of all tensors that optimizers keep."""
     kept = (state for optimizer in optimizers for state in optimizer.state.values())
-    return sum(value.nbytes for state in kept for value in state.values() if isinstance(value, Tensor))
+    return sum(local_bytes(value) for state in kept for value in state.values() if isinstance(value, Tensor))
+
+
+def local_bytes(tensor: Tensor) -> int:
+    """Of a sharded tensor the part of this process, which is less than its ``nbytes``."""
+    return _local(tensor).nbytes
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
