@@ -58,10 +58,6 @@ class KeptGradients:
     def __contains__(self, slot: Slot) -> bool:
         return slot in self._grads
 
-    def get(self, slot: Slot) -> Tensor | None:
-        """What is kept of it."""
-        return self._grads.get(slot)
-
     def take_all(self) -> Iterator[tuple[Slot, Tensor]]:
         """All that is kept, one after the other; each is no longer kept here once it is handed out."""
         while self._grads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,10 +49,8 @@ class Slot:
         self.simple = False  # outside of blocks, used in one place, and its norm is read without waiting or rounding
         self.handle: Any = None
 
-    def attach(self, hook: Callable[[Tensor], None] | None = None) -> None:
-        """Have the hook called; or one in its place, that calls it and looks on."""
-        self.detach()
-        self.handle = self.param.register_post_accumulate_grad_hook(hook or self.on_grad)
+    def attach(self) -> None:
+        self.handle = self.param.register_post_accumulate_grad_hook(self.on_grad)
 
     def detach(self) -> None:
         if self.handle is not None:
@@ -97,11 +95,6 @@ class Slot:
             self.flush()
         else:
             self.apply(grad)
-
-    def held_bytes(self) -> int:
-        """Of gradients that are alive between two hooks: a sum over micro-batches, or one that waits for the second pass."""
-        kept = None if self.engine._kept is None else self.engine._kept.get(self)
-        return sum(grad.nbytes for grad in (self.total, kept) if grad is not None)
 
     def _accumulate(self, grad: Tensor) -> None:
         if self.total is None:

@@ -77,7 +77,7 @@ class MemoryTrace:
         handles.append(engine.model.register_forward_hook(self._at_output))
         names: dict[Tensor, str] = {param: name for name, param in engine.model.named_parameters()}
         for slot in engine._slots.values():
-            slot.attach(self._at_gradient(slot, names.get(slot.param, "a parameter")))
+            _hook(slot, self._at_gradient(slot, names.get(slot.param, "a parameter")))
         self._start = time.perf_counter()
         self._at_border("before the step")
         thread = threading.Thread(target=self._watch, args=(done,), name="lowtide-memory", daemon=True)
@@ -92,7 +92,7 @@ class MemoryTrace:
             for handle in handles:
                 handle.remove()
             for slot in engine._slots.values():
-                slot.attach()
+                _hook(slot, slot.on_grad)
 
     def to_event(self) -> dict[str, Any]:
         """Of the moments at most 300: of every stretch of the step the fullest, and the one with the most gradients."""
@@ -162,7 +162,7 @@ class MemoryTrace:
             self._take()
             slot.on_grad(param)  # the gradient is used, and gone, or added to what is held
             with self._lock:
-                self._fresh, self._held[slot] = 0, slot.held_bytes()
+                self._fresh, self._held[slot] = 0, held_bytes(slot)
 
         return on_grad
 
@@ -185,7 +185,7 @@ class MemoryTrace:
 
     def _count_held(self) -> None:
         with self._lock:
-            self._held = {slot: slot.held_bytes() for slot in self._engine._slots.values()}
+            self._held = {slot: held_bytes(slot) for slot in self._engine._slots.values()}
 
     def _forget_inputs(self) -> None:
         """Those of blocks behind the one that is walked: autograd frees them with the graph, unless it is walked again."""
@@ -229,6 +229,19 @@ def thinned(moments: Sequence[Moment], most: int) -> list[Moment]:
         kept.add(max(stretch, key=lambda index: moments[index][2]))
         kept.add(max(stretch, key=lambda index: (moments[index][3][gradients], moments[index][2])))
     return [moments[index] for index in sorted(kept)]
+
+
+def held_bytes(slot: Slot) -> int:
+    """Of gradients that are alive between two hooks: a sum over micro-batches, or one that waits for the second pass."""
+    kept = slot.engine._kept
+    waiting = (slot.total, None if kept is None else kept._grads.get(slot))
+    return sum(local_bytes(grad) for grad in waiting if grad is not None)
+
+
+def _hook(slot: Slot, hook: Callable[[Tensor], None]) -> None:
+    """Have it called with the gradient, in place of what is called now."""
+    slot.detach()
+    slot.handle = slot.param.register_post_accumulate_grad_hook(hook)
 
 
 def weight_bytes(params: Iterable[Tensor], engine: Engine) -> int:
