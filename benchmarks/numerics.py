@@ -110,7 +110,7 @@ def train_on_characters(what: str, way: str, seed: int, steps: int, work: Path) 
 
     config = TrainConfig(
         model=str(packaged_model()), data=[str(material.train_file)], eval_data=[str(held_out)],
-        output=str(work / "run"), max_steps=steps, seed=seed, **COMMON, **WAYS[what][way],
+        output=str(work / "run"), max_steps=steps, seed=seed, samples=0, **COMMON, **WAYS[what][way],
     )  # fmt: skip
     try:
         result = train(config, on_event=on_event, show_progress=False)

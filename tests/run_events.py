@@ -51,6 +51,37 @@ def eval_event(step, loss=2.0, **changes):
     } | changes
 
 
+def memory_event(step=2, **changes):
+    """Four moments of a step, one MiB of weights, above half a GiB of the process."""
+    weights, program = 2**20, 2**29
+    event = {
+        "event": "memory",
+        "step": step,
+        "time": float(step),
+        "num_tokens": 96,
+        "seconds": [0.0, 0.1, 0.2, 0.3],
+        "where": ["before the step", "forward, layers.0", "backward, layers.0", "after the step"],
+        "total_bytes": [program + weights, program + weights + 5000, program + weights + 9000, program + weights],
+        "bytes": {
+            "weights": [weights] * 4,
+            "optimizer state": [0] * 4,
+            "gradients": [0, 0, 4000, 0],
+            "kept block inputs": [0, 2000, 2000, 0],
+        },
+        "most_bytes": {"weights": weights, "optimizer state": 0, "gradients": 4096, "kept block inputs": 2000},
+    }
+    return event | changes
+
+
+def samples_event(step, *answers, prompt="say a:", expected=" aa", **changes):
+    """Prompts that differ in their number, each with an answer."""
+    samples = [
+        {"prompt": f"{prompt}{number or ''}", "expected": expected, "answer": answer}
+        for number, answer in enumerate(answers)
+    ]
+    return {"event": "samples", "step": step, "time": float(step), "seconds": 0.5, "samples": samples} | changes
+
+
 def end_event(step, **changes):
     return {
         "event": "end",

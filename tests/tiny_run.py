@@ -28,6 +28,7 @@ def make_config(model_dir, tmp_path):
             "dtype": "float32",
             "eval_fraction": 0.1,
             "device": "cpu",
+            "samples": 0,
         }
         return TrainConfig(**(defaults | changes))
 

@@ -2,7 +2,12 @@
 
 import importlib.util
 import json
+import os
+import signal
+import threading
+import time
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -113,6 +118,27 @@ def test_a_failed_process_tells_its_error(tmp_path):
     with pytest.raises(demo_process.ProcessFailed, match=r"absent\.jsonl") as caught:
         demo_process.run_process("train", settings)
     assert not caught.value.killed
+
+
+def test_who_is_told_to_end_leaves_no_process_behind():
+    """As by ``kill``, or a batch system at the end of its time."""
+    children = psutil.Process().children()
+    started = []
+
+    def terminate():
+        while not (found := [each for each in psutil.Process().children() if each not in children]):
+            time.sleep(0.01)
+        started.extend(found)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        demo_process.run_process("train", {})
+    thread.join()
+    assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    assert started and not any(process.is_running() for process in started)
 
 
 def test_a_process_is_not_charged_with_the_memory_of_its_parent():

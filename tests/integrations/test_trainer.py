@@ -263,6 +263,19 @@ def test_a_new_accelerator_is_taken_over(model, arguments, rows):
     assert len(logged) == 6 and all(entry["grad_norm"] > 0 for entry in logged)
 
 
+def test_every_trial_of_a_search_begins_anew(model, arguments, rows):
+    """With ``model_init`` the Trainer makes model and optimizer anew for every trial: nothing of the one before may be left."""
+    args = arguments(max_grad_norm=0.1, learning_rate=LR)
+    trainer = InOrder(model_init=lambda: copy.deepcopy(model), args=args, data_collator=pad, train_dataset=rows)
+    fuse_trainer(trainer, "lomo", clip="adaptive", clip_warmup_steps=2)
+    trials = []
+    for _ in range(2):
+        trainer.train()
+        log = trainer.state.log_history
+        trials.append([(entry["loss"], entry["grad_norm"]) for entry in log if "grad_norm" in entry])
+    assert trials[0] == trials[1] and len(trials[0]) > 3
+
+
 def test_a_loss_of_ones_own_with_accumulation_is_warned_of(model, arguments, rows, caplog):
     args = arguments(gradient_accumulation_steps=2, label_smoothing_factor=0.1)
     plain = copy.deepcopy(model)

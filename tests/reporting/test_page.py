@@ -4,7 +4,7 @@ from lowtide.reporting import page as page_module
 from lowtide.reporting.history import History
 from lowtide.reporting.page import content, page, plotly_script
 from page_reader import Page, hash_of
-from run_events import config_event, end_event, eval_event, train_event, whole_run
+from run_events import config_event, end_event, eval_event, memory_event, samples_event, train_event, whole_run
 
 DEFAULTS = {"model": None, "optimizer": "adalomo", "lr": None, "clip": "exact"}
 SETTINGS = {"model": "tiny", "optimizer": "lomo", "lr": 0.1, "clip": "exact"}
@@ -55,7 +55,63 @@ def test_predicted_memory_stands_beside_the_measured(short_plotly):
     weights = found.trace("memory-by-kind", "weights")
     assert weights["y"] == ["predicted", "measured"] and weights["x"] == [2**-10, 0.0]
     assert found.trace("memory-by-kind", "measured above that")["x"] == [0.0, 0.5]
-    assert "Predicted memory by kind" in found.text
+    table = found.text[found.text.index("Memory by kind as a table") :]
+    places = [table.index(part) for part in ("predicted", "measured", "weights", "1.00 MiB", "together", "1.00 GiB")]
+    assert places == sorted(places)
+
+
+def test_memory_inside_of_a_step(short_plotly):
+    found = page_of(history([*whole_run()[:-1], memory_event(), end_event(10)]))
+    chart = found.charts["memory-in-step"]
+    stacked = [trace for trace in chart["traces"] if trace.get("stackgroup")]
+    assert [trace["name"] for trace in stacked][:3] == ["Python and libraries", "weights", "gradients"]
+    assert {tuple(trace["x"]) for trace in stacked} == {(0.0, 0.1, 0.2, 0.3)}
+    heights = [sum(column) * 2**30 for column in zip(*(trace["y"] for trace in stacked), strict=True)]
+    assert heights == pytest.approx(memory_event()["total_bytes"])
+    assert found.trace("memory-in-step", "predicted peak")["x"] == [0.0, 0.3]
+    for text in ("Step 2 (96 tokens)", "at the fullest moment (backward, layers.0)", "never take more than 4.00 KiB"):
+        assert text in found.text, text
+    measured = {trace["name"]: trace["x"][1] * 2**30 for trace in found.charts["memory-by-kind"]["traces"]}
+    assert measured["weights"] == 2**20 and measured["more in other steps, or while loading"] > 2**28
+
+
+def test_memory_inside_of_steps_of_two_runs(short_plotly):
+    found = page_of(history([config_event(), memory_event()], "a"), history([config_event(), memory_event()], "b"))
+    assert {"memory-in-step-0", "memory-in-step-1"} <= set(found.charts)
+    assert "Memory inside of a step, b" in found.text
+
+
+def test_without_a_prediction_the_step_is_shown_alone(short_plotly):
+    found = page_of(history([config_event(predicted_memory=None), train_event(2), memory_event()]))
+    assert "memory-by-kind" not in found.charts
+    assert "predicted peak" not in [trace["name"] for trace in found.charts["memory-in-step"]["traces"]]
+
+
+def test_samples_before_and_after(short_plotly):
+    events = [config_event(), samples_event(0, "bzzz", ""), train_event(1), samples_event(1, "aa", "bb")]
+    found = page_of(history(events))
+    assert found.all("article") == [{"class": "sample"}] * 2
+    text = found.text
+    places = [
+        text.index(part, text.index("say a:")) for part in ("bzzz", "after step 1", "aa", "in the data", "say a:1")
+    ]
+    assert places == sorted(places) and "nothing" in text[places[-1] :]
+    assert not page_of(history(whole_run())).all("article")
+
+
+def test_samples_of_two_runs_stand_beside_each_other(short_plotly):
+    runs = [
+        history([config_event(), samples_event(0, "same"), samples_event(3, name)], name) for name in ("one", "two")
+    ]
+    found = page_of(*runs)
+    assert len(found.all("article")) == 1 and found.text.count("in the data") == 1
+    assert "before the first step, one" in found.text and "after step 3, two" in found.text
+
+
+def test_long_samples_are_cut(short_plotly):
+    events = [config_event(), samples_event(0, "y" * 5000, prompt="<s>" + "x" * 5000)]
+    text = page_of(history(events)).text
+    assert text.count("x") < 700 and text.count("y") < 1200 and "…" in text
 
 
 def test_an_old_run_has_no_memory_by_kind_and_says_so(short_plotly):
@@ -75,6 +131,10 @@ def test_what_is_hostile_stays_text(short_plotly):
         train_event(1),
         {"event": "checkpoint", "step": 1, "time": 1.0, "error": HOSTILE},
         {"event": "resume", "step": HOSTILE, "time": 1.0},
+        samples_event(0, HOSTILE, prompt=HOSTILE, expected=HOSTILE),
+        memory_event(
+            where=[HOSTILE] * 4, bytes={HOSTILE: [1] * 4, "gradients": [2] * 4}, most_bytes={HOSTILE: HOSTILE}
+        ),
     ]
     found = page_of(
         history(events, HOSTILE, {HOSTILE: HOSTILE, "model": HOSTILE}),
@@ -84,6 +144,7 @@ def test_what_is_hostile_stays_text(short_plotly):
     assert HOSTILE in found.text
     texts = [trace["name"] for chart in found.charts.values() for trace in chart["traces"]]
     texts += [name for trace in found.charts["memory-by-kind"]["traces"] for name in trace["y"]]
+    texts += [name for trace in found.charts["memory-in-step-0"]["traces"] for name in trace.get("text", [])]
     assert not [text for text in texts if "<" in text]  # plotly takes tags in them
 
 
@@ -111,6 +172,10 @@ def test_every_loss_null(short_plotly):
 )
 def test_hardly_anything(events, short_plotly):
     assert "run" in page_of(history(events)).text
+
+
+def test_one_evaluation_is_no_change(short_plotly):
+    assert "Held-out loss 2." in page_of(history([config_event(), eval_event(0)])).text
 
 
 def test_a_resumed_and_an_interrupted_run(short_plotly):

@@ -29,6 +29,8 @@ def test_defaults_are_valid():
         ({"max_seq_len": 1}, "max_seq_len must be at least 2"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"log_every": 0}, "log_every must be at least 1"),
+        ({"samples": -1}, "samples must be at least 0"),
+        ({"samples": 2, "eval_fraction": 0.0}, "samples are answers to held-out prompts"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"lr": 0.0}, "lr must be a number above 0"),

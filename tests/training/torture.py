@@ -59,7 +59,7 @@ class Torture:
         return TrainConfig(
             model=str(self.model), data=[str(self.data)], output=str(self.folder / name), optimizer="adalomo", lr=0.1,
             max_steps=NUM_STEPS, batch_size=4, micro_batch_size=2, max_seq_len=32, packing=True, dtype="bfloat16", eval_every=7,
-            eval_fraction=0.1, device="cpu", threads=1, save_every="3", resume="auto",
+            eval_fraction=0.1, device="cpu", threads=1, save_every="3", resume="auto", samples=1,
             weights=str(self.folder / f"{name}-weights") if home == "disk" else "device",
         )  # fmt: skip
 

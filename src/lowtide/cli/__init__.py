@@ -53,6 +53,10 @@ COMMANDS = {
         "Write one HTML page about a run, or about two side by side: loss, learning rate, gradient norm, speed, memory beside what\n"
         "the planner said, and all settings. It needs no connection. The run may still be going on.",
     ),
+    "completion": (
+        "print a script with which bash, zsh or fish completes lowtide's commands and flags",
+        "Print a script with which a shell completes commands, flags and their values when Tab is pressed.",
+    ),
     "demo": (
         "see it work: fine-tune a small real model in a few minutes",
         "Fine-tune a small pretrained model, offline and without a GPU, and show what it learned and what memory it\n"

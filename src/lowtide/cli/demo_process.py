@@ -17,7 +17,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ def run_process(task: str, settings: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The task's result.
 
+    SIGTERM ends both processes.
+
     Raises:
         ProcessFailed: the task failed; the message is its error.
     """
@@ -47,7 +51,8 @@ def run_process(task: str, settings: dict[str, Any]) -> dict[str, Any]:
         result_file = Path(folder, "result.json")
         # -P: a file in the current directory (a user's own gguf.py) must not be taken for a module.
         command = [sys.executable, "-P", "-m", "lowtide.cli.demo_process", task, str(result_file)]
-        done = subprocess.run(command, input=json.dumps(settings), text=True, check=False)
+        with _told_to_end():
+            done = subprocess.run(command, input=json.dumps(settings), text=True, check=False)
         if result_file.exists():
             result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
             if "error" in result:
@@ -56,6 +61,23 @@ def run_process(task: str, settings: dict[str, Any]) -> dict[str, Any]:
     killed = done.returncode == -getattr(signal, "SIGKILL", 9)
     reason = "was killed, which is what happens when memory runs out" if killed else f"ended with {done.returncode}"
     raise ProcessFailed(f"the process for {task!r} {reason}", killed=killed)
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM becomes an exception, at which ``subprocess`` kills the process it waits for: nobody would wait for its result."""
+    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def own_peak_bytes() -> int:

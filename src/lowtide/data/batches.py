@@ -95,6 +95,16 @@ class Batches:
         """Tells other data, another split or another tokenizer: 16 hexadecimal digits over all ids, labels and lengths."""
         return self._chosen.digest()
 
+    @property
+    def num_examples(self) -> int:
+        """Examples, of which a packed row holds several."""
+        return len(self._chosen)
+
+    def example(self, number: int) -> tuple[list[int], list[bool]]:
+        """(token ids, whether each is trained on) of one example, in the order of the data."""
+        tokens = self._chosen.tokens(number)
+        return numpy.where(tokens < 0, ~tokens, tokens).tolist(), (tokens >= 0).tolist()
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch from number ``start`` on, in the same order whenever it is asked for.
 

@@ -3,14 +3,18 @@
 from ..data import ChoiceItem
 from .choices import NORMALIZATIONS, ChoiceResult, choice_accuracies, choice_accuracy, choice_log_likelihoods
 from .likelihood import LossResult, evaluate_loss
+from .samples import Sample, answer_samples, choose_samples
 
 __all__ = [
     "NORMALIZATIONS",
     "ChoiceItem",
     "ChoiceResult",
     "LossResult",
+    "Sample",
+    "answer_samples",
     "choice_accuracies",
     "choice_accuracy",
     "choice_log_likelihoods",
+    "choose_samples",
     "evaluate_loss",
 ]

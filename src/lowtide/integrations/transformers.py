@@ -213,7 +213,10 @@ class _Fused:
         model = trainer.model if model is None else model
         made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
         if made is None:
-            made = self._make(model)
+            made, self._state = (
+                self._make(model),
+                None,
+            )  # what was remembered is of another model: that of an earlier trial
         trainer.optimizer = made
         self.engine = fuse(model, made, clip_grad_norm=trainer.args.max_grad_norm or None, **self.options)
         if self._state is not None:

@@ -260,6 +260,8 @@ def _points(curve: Curve, name: str, color: str) -> dict[str, Any]:
 
 
 def _from_to(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return _figure(values[0])
     lowest = min(values)
     end = f"from {_figure(values[0])} to {_figure(values[-1])}"
     return end if lowest == values[-1] or len(values) < 3 else f"{end}, lowest {_figure(lowest)}"

@@ -5,6 +5,7 @@ Events may come from an older version, and from a file that was cut off: whateve
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -23,6 +24,42 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+@dataclasses.dataclass(frozen=True)
+class MemoryOfStep:
+    """Memory inside of one step, at moments; lists of one length.
+
+    Attributes:
+        step, num_tokens: which step, and how large it was.
+        seconds: since it began.
+        where: in the step, in words.
+        total: bytes.
+        by_kind: bytes that were counted, by the planner's name of the kind.
+        most: the most of each kind, at any moment of the step.
+    """
+
+    step: int
+    num_tokens: float | None
+    seconds: list[float]
+    where: list[str]
+    total: list[float]
+    by_kind: dict[str, list[float]]
+    most: dict[str, float]
+
+    @property
+    def fullest(self) -> int:
+        """Index of the moment with the most bytes."""
+        return max(range(len(self.total)), key=self.total.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnsweredSample:
+    """A prompt of the held-out data, what the data says to it, and what the model did: (step, answer) in their order."""
+
+    prompt: str
+    expected: str
+    answers: list[tuple[int, str]]
+
+
 class History:
     """One run. Steps that a rollback has taken anew are there once, as they were taken last.
 
@@ -38,6 +75,8 @@ class History:
         evals: ``eval`` events, one for each step.
         parts: a list of events for each time that the run was begun or went on.
         end: the ``end`` event, if there is one of the last part.
+        memory_of_step: of the step that was followed, if one was.
+        samples: prompts with the answers to them.
         others: as above.
     """
 
@@ -62,6 +101,8 @@ class History:
         self.evals = _by_step([event for event in every if event["event"] == "eval"])
         last = self.parts[-1] if self.parts else []
         self.end = next((event for event in reversed(last) if event["event"] == "end"), None)
+        self.memory_of_step = next((found for event in reversed(every) if (found := _memory_of_step(event))), None)
+        self.samples = _samples([event for event in every if event["event"] == "samples"])
         self.skipped = [event for event in taken if event.get("skipped") is True or event.get("partial") is True]
         self.failed_saves = [event for event in every if event["event"] == "checkpoint" and "error" in event]
 
@@ -141,6 +182,53 @@ class History:
     def program_bytes(self) -> float:
         """What the process held besides weights before the first step."""
         return number(self.facts.get("program_bytes")) or 0.0
+
+
+def _memory_of_step(event: Mapping[str, Any]) -> MemoryOfStep | None:
+    kinds, where = event.get("bytes"), event.get("where")
+    if event["event"] != "memory" or not isinstance(kinds, dict) or not isinstance(where, list) or not where:
+        return None
+    columns = [_numbers(values) for values in (event.get("seconds"), event.get("total_bytes"), *kinds.values())]
+    if any(column is None or len(column) != len(where) for column in columns):
+        return None
+    seconds, total, *counted = [column for column in columns if column is not None]
+    by_kind = dict(zip(map(str, kinds), counted, strict=True))
+    told = event.get("most_bytes")
+    at_any_moment = told if isinstance(told, dict) else {}
+    return MemoryOfStep(
+        step=int(event["step"]),
+        num_tokens=number(event.get("num_tokens")),
+        seconds=seconds,
+        where=[str(each) for each in where],
+        total=total,
+        by_kind=by_kind,
+        most={kind: max(number(at_any_moment.get(kind)) or 0.0, *values) for kind, values in by_kind.items()},
+    )
+
+
+def _numbers(values: Any) -> list[float] | None:
+    if not isinstance(values, list):
+        return None
+    found = [value for raw in values if (value := number(raw)) is not None]
+    return found if len(found) == len(values) else None
+
+
+def _samples(events: Sequence[Mapping[str, Any]]) -> list[AnsweredSample]:
+    """By prompt; of several answers the first and the last."""
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for event in events:
+        listed = event.get("samples")
+        for each in listed if isinstance(listed, list) else []:
+            texts = [each.get(name) for name in ("prompt", "expected", "answer")] if isinstance(each, dict) else []
+            if texts and all(isinstance(text, str) for text in texts):
+                found.setdefault((str(texts[0]), str(texts[1])), {})[int(event["step"])] = str(texts[2])
+    samples = []
+    for (prompt, expected), answers in found.items():
+        steps = sorted(answers)
+        samples.append(
+            AnsweredSample(prompt, expected, [(step, answers[step]) for step in {steps[0]: 0, steps[-1]: 0}])
+        )
+    return samples
 
 
 def running_means(values: Sequence[float | None], window: int) -> list[float | None]:

@@ -1,4 +1,7 @@
-"""Memory by kind as the planner predicted it, beside what was measured: Figure 2 of the LOMO paper for the user's own run."""
+"""Memory by kind as the planner predicted it, beside what was measured: Figure 2 of the LOMO paper for the user's own run.
+
+Measured is one step, moment by moment; the bar beside the prediction is its fullest moment.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from ..units import format_bytes
-from .charts import Chart
+from ..units import format_bytes, format_count
+from .charts import Chart, label, line
 from .history import History
 
 PROGRAM, MEASURED = "Python and libraries", "measured above that"
+REST, ELSEWHERE = "other activations, temporaries, allocator", "more in other steps, or while loading"
 # The kinds of the planner (``planning.KINDS``, which would import torch) in the groups of the paper's figure, in the order of the stack.
 GROUPS = {
     "weights": ("weights", "pools"),
@@ -30,6 +34,8 @@ _COLORS = {
     "temporaries of the update": "#c2557f",
     "free in the allocator": "#b7a99a",
     OTHER: "#6f8f5f",
+    REST: "#a78bdc",
+    ELSEWHERE: "#57ab8a",
     MEASURED: "#2f9e63",
 }
 
@@ -41,6 +47,86 @@ def by_group(run: History) -> dict[str, float]:
     grouped[OTHER] = sum(value for kind, value in run.predicted.items() if kind not in named)
     everything = {PROGRAM: run.program_bytes, **grouped}
     return {name: value for name, value in everything.items() if value > 0}
+
+
+def moments_by_group(run: History) -> dict[str, list[float]]:
+    """Bytes at every moment of the step that was followed, in the same groups; they add up to the total."""
+    found = run.memory_of_step
+    if found is None:
+        return {}
+    program = [min(run.program_bytes, total) for total in found.total]
+    left = [total - own for total, own in zip(found.total, program, strict=True)]
+    stack = {PROGRAM: program}
+    for name, kinds in GROUPS.items():
+        counted = [column for kind, column in found.by_kind.items() if kind in kinds]
+        if counted:
+            # What was counted can be more than what the system says is resident: pages of a file that were not read yet.
+            stack[name] = [min(sum(each), most) for *each, most in zip(*counted, left, strict=True)]
+            left = [most - used for most, used in zip(left, stack[name], strict=True)]
+    stack[REST] = left
+    return {name: values for name, values in stack.items() if any(values)}
+
+
+def measured_by_group(run: History) -> dict[str, float]:
+    """Of the run's peak: the fullest moment of the step that was followed by group, and what the peak was above it."""
+    if not run.peak_bytes:
+        return {}
+    found = run.memory_of_step
+    if found is None:
+        program = min(run.program_bytes, run.peak_bytes)
+        return {PROGRAM: program, MEASURED: run.peak_bytes - program}
+    parts = {name: values[found.fullest] for name, values in moments_by_group(run).items()}
+    parts[ELSEWHERE] = max(0.0, run.peak_bytes - found.total[found.fullest])
+    return {name: value for name, value in parts.items() if value > 0}
+
+
+def memory_in_step(run: History, runs: Sequence[History]) -> Chart | None:
+    """Every moment of one step, stacked by group; None where none was followed."""
+    found = run.memory_of_step
+    if found is None:
+        return None
+    groups = moments_by_group(run)
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "stackgroup": "memory",
+            "name": escape(name),
+            "x": found.seconds,
+            "y": [value / 2**30 for value in groups[name]],
+            "text": [
+                f"{format_bytes(value)}, {escape(where)}"
+                for value, where in zip(groups[name], found.where, strict=True)
+            ],
+            "hovertemplate": "%{fullData.name}: %{text}<extra></extra>",
+            "line": {"width": 0.5, "color": color, "shape": "hv"},
+            "fillcolor": color,
+        }
+        for name, color in _COLORS.items()
+        if name in groups
+    ]
+    top, text = found.fullest, ""
+    if run.predicted:
+        total = sum(by_group(run).values())
+        ends = [found.seconds[0], found.seconds[-1]]
+        traces.append(
+            line((ends, [total / 2**30] * 2), "predicted peak", "#c2557f", line={"dash": "dash", "width": 1.5})
+        )
+        text = f" The prediction, {format_bytes(total)}, is for the largest step that the settings allow."
+    tokens = "" if found.num_tokens is None else f" ({format_count(found.num_tokens)} tokens)"
+    return Chart(
+        "memory-in-step" if len(runs) == 1 else f"memory-in-step-{runs.index(run)}",
+        label("Memory inside of a step", run, runs),
+        f"Step {found.step}{tokens}: {format_bytes(found.total[top])} at the fullest moment ({found.where[top]}); gradients never take "
+        f"more than {format_bytes(found.most.get('gradients', 0.0))}.{text}",
+        traces,
+        {
+            "xaxis": {"title": {"text": "seconds since the step began"}, "rangemode": "tozero"},
+            "yaxis": {"title": {"text": "GiB", "standoff": 10}, "rangemode": "tozero"},
+            "hovermode": "x unified",
+        },
+        wide=True,
+    )
 
 
 def memory_by_kind(runs: Sequence[History]) -> Chart | None:
@@ -55,9 +141,7 @@ def memory_by_kind(runs: Sequence[History]) -> Chart | None:
         total = sum(predicted.values())
         text = f"{who and 'in '}{who}predicted {format_bytes(total)}"
         if run.peak_bytes:
-            program = min(run.program_bytes, run.peak_bytes)
-            measured = {PROGRAM: program, MEASURED: run.peak_bytes - program}
-            bars.append((f"{who}measured", measured))
+            bars.append((f"{who}measured", measured_by_group(run)))
             text += f", measured {format_bytes(run.peak_bytes)} ({total / run.peak_bytes - 1:+.1%})"
         texts.append(text)
     if not bars:

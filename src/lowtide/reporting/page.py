@@ -16,7 +16,8 @@ from typing import Any
 
 from .charts import Chart, curve_charts, memory_curve
 from .history import History
-from .memory_chart import memory_by_kind
+from .memory_chart import memory_by_kind, memory_in_step
+from .samples import samples_list
 from .tables import held_out_table, key_figures, memory_table, notes, settings_tables, versions_table
 
 MARK = "<!doctype html>\n<!-- lowtide report -->"
@@ -47,13 +48,15 @@ def content(runs: Sequence[History], defaults: Mapping[str, Any]) -> dict[str, A
         defaults: of the settings, in their order.
     """
     charts = curve_charts(runs)
-    memory = [chart for chart in (memory_by_kind(runs), memory_curve(runs)) if chart is not None]
+    in_step = [memory_in_step(run, runs) for run in runs]
+    memory = [chart for chart in (memory_by_kind(runs), *in_step, memory_curve(runs)) if chart is not None]
     remarks = [note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in notes(run)]
     parts = [
         f"<h1>{escape(' and '.join(run.name for run in runs))}</h1>",
         f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in remarks)}</ul>' if remarks else "",
         _section("figures", "Key figures", key_figures(runs)),
         _section("curves", "Training", _figures(charts) + _folded("Evaluations as a table", held_out_table(runs))),
+        _section("samples", "Samples: the same held-out prompts before and after", samples_list(runs)),
         _section("memory", "Memory", _figures(memory) + _folded("Memory by kind as a table", memory_table(runs))),
         _section("settings", "Settings", settings_tables(runs, defaults)),
         _section("versions", "Versions", versions_table(runs)),

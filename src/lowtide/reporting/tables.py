@@ -7,8 +7,9 @@ from html import escape
 from typing import Any
 
 from ..units import format_bytes, format_count, format_duration
+from .charts import label
 from .history import History, number
-from .memory_chart import by_group
+from .memory_chart import by_group, measured_by_group
 
 _NONE = "-"
 
@@ -72,17 +73,16 @@ def _change(values: Sequence[float], form: str) -> str:
 
 
 def memory_table(runs: Sequence[History]) -> str:
-    """The predicted bytes by kind; empty where none were recorded."""
+    """Bytes by kind as predicted and as measured at the fullest moment; empty where nothing was predicted."""
     shown = [run for run in runs if run.predicted]
     if not shown:
         return ""
-    groups = [by_group(run) for run in shown]
-    names = list(dict.fromkeys(name for group in groups for name in group))
-    rows = [[name, *(format_bytes(group[name]) if name in group else _NONE for group in groups)] for name in names]
-    rows.append(["predicted peak", *(format_bytes(sum(group.values())) for group in groups)])
-    peaks = [run.peak_bytes for run in shown]
-    rows.append(["measured peak", *(_NONE if peak is None else format_bytes(peak) for peak in peaks)])
-    return table("Predicted memory by kind", ["", *(run.name for run in shown)], rows)
+    columns = [column for run in shown for column in (by_group(run), measured_by_group(run))]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [[name, *(format_bytes(column[name]) if name in column else _NONE for column in columns)] for name in names]
+    rows.append(["together", *(format_bytes(sum(column.values())) if column else _NONE for column in columns)])
+    titles = [label(what, run, runs) for run in shown for what in ("predicted", "measured")]
+    return table("Memory by kind", ["", *titles], rows)
 
 
 def held_out_table(runs: Sequence[History]) -> str:
@@ -175,7 +175,7 @@ def notes(run: History) -> list[str]:
             if number(run.settings.get("lora_rank"))
             else "an older version recorded none"
         )
-        found.append(f"The memory by kind is not shown, because there is no prediction of it in the metrics ({why}).")
+        found.append(f"No memory was predicted for this run, so there is none beside the measured ({why}).")
     return found
 
 

@@ -41,7 +41,7 @@ GROUPS = (MODEL_AND_DATA, OPTIMISATION, ADAPTERS, MEMORY, OUTPUT, SAFETY, RANKS)
 
 # They may differ from those of the checkpoint that is resumed: the weights and losses are the same.
 FREE_TO_CHANGE = (
-    "output", "data_cache", "data_cache_size", "eval_every", "log_every", "weights", "clip_memory", "save_every", "keep_checkpoints", "on_save_error", "resume",
+    "output", "data_cache", "data_cache_size", "eval_every", "samples", "log_every", "weights", "clip_memory", "save_every", "keep_checkpoints", "on_save_error", "resume",
     "allow_changes", "max_bad_steps", "on_bad_steps", "trust_remote_code", "track", "ranks_per_node", "rank_timeout",
 )  # fmt: skip
 ABOUT_RESUMING = ("resume", "allow_changes")  # how a process began, not a setting of the run
@@ -268,6 +268,12 @@ class TrainConfig:
     eval_every: int | None = _option(
         OUTPUT,
         "evaluate every that many steps too; default: only before the first and after the last step",
+        default=None,
+    )
+    samples: int | None = _option(
+        OUTPUT,
+        "held-out prompts that the model answers before the first step and after the last, to be read in the report; default: 3, and "
+        "none where weights live elsewhere, because every token of an answer reads all of them",
         default=None,
     )
     log_every: int = _option(

@@ -39,6 +39,10 @@ def _check_combinations(config: TrainConfig) -> None:
         raise ValueError(
             f"micro_batch_size must not be larger than batch_size ({config.batch_size}), got {config.micro_batch_size}"
         )
+    if config.samples and config.eval_fraction == 0 and config.eval_data is None and config.task is None:
+        raise ValueError(
+            "samples are answers to held-out prompts: give eval_data or an eval_fraction above 0, or leave them out"
+        )
     if config.save_every is not None and (config.save_steps == 0 or config.save_seconds == 0):
         raise ValueError("save_every must be at least one step, or a time above 0")
     if config.on_bad_steps == "rollback" and config.save_every is None:
@@ -133,7 +137,13 @@ def _check_ranges(config: TrainConfig) -> None:
         "lora_alpha",
         "ranks_per_node",
     )
-    for name, least in [*((name, 1) for name in counts), ("max_seq_len", 2), ("seed", 0), ("lora_rank", 0)]:
+    for name, least in [
+        *((name, 1) for name in counts),
+        ("max_seq_len", 2),
+        ("seed", 0),
+        ("lora_rank", 0),
+        ("samples", 0),
+    ]:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -190,5 +200,7 @@ def check_for_ranks(config: TrainConfig, num_ranks: int) -> None:
             f"weights must be device, or cpu for host memory, where {num_ranks} processes share a model, got {config.weights!r}: a disk "
             "home needs one process"
         )
+    if config.samples:
+        raise ValueError(f"samples need one process, and {num_ranks} take part: leave them out")
     if config.lora_rank:
         raise ValueError(f"lora_rank needs one process, and {num_ranks} take part: adapters cannot be sharded yet")

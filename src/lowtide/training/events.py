@@ -11,7 +11,11 @@ Every event has ``event``, ``step`` (steps taken so far) and ``time`` (seconds s
             the same, found when some parameters had been updated), loss_scale (None where the loss is not scaled),
             lost_updates (share of updates that left their 16-bit weight as it was; None where nothing was sampled), spike (True:
             skipped because its loss was far above those before it)
+    memory  once, of the second step (see ``memory_trace.py``): num_tokens; lists of one length, at most 300 moments of it: seconds (since
+            it began), where (in the step), total_bytes and, by kind, bytes; most_bytes (of each kind, at any moment)
     eval    loss, perplexity, num_tokens, memory_bytes; of a task accuracy_sum and accuracy_per_token (0 to 1), by scoring
+    samples what the model says to some held-out prompts, before the first step and after the last: samples, a list of prompt (with its
+            special tokens), expected (what the data says) and answer; seconds
     resume  checkpoint (its directory), num_batches (of the data, used so far); in the file everything behind the checkpoint's
             place is dropped first, so that every step is there once
     checkpoint  path, seconds, num_bytes, interrupted (it was written because the run was asked to stop), or error: it could not be

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..fused.slot import Slot
 from ..fusing import Engine, fuse
 from ..optim import Lomo
 from ..planning import Footprint, peak_resident_bytes, resident_bytes
 from .config import TrainConfig
+from .memory_trace import GRADIENTS, KEPT, STATE, WEIGHTS, MemoryTrace
 from .planned import predicted
 from .run import prepare
 from .setup import existing_folder, resolve_device, without_cache
 
-WEIGHTS, POOLS, STATE, GRADIENTS, KEPT, REST = (
-    "weights", "pools", "optimizer state", "gradients", "kept block inputs", "one block's work, logits, temporaries, allocator",
-)  # fmt: skip
+POOLS, REST = "pools", "one block's work, logits, temporaries, allocator"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,18 +81,20 @@ def dry_run(config: TrainConfig, num_steps: int = 2) -> DryRun:
         engine, losses, seconds = run.engine, [], 0.0
         batch = max((batch for _, batch in run.batches()), key=lambda each: each["input_ids"].numel())
         try:
-            with without_cache(run.model), _watching(engine) as watched:
-                for _ in range(num_steps):
-                    start = time.perf_counter()
-                    loss = run.model(**batch).loss
-                    engine.backward(loss)
-                    for optimizer in run.optimizers:
-                        optimizer.step()
-                    losses.append(loss.item())
-                    seconds = time.perf_counter() - start
+            trace = MemoryTrace(engine, run.optimizers, device)
+            with without_cache(run.model):
+                for number in range(num_steps):
+                    with trace() if number == num_steps - 1 else nullcontext():
+                        start = time.perf_counter()
+                        loss = run.model(**batch).loss
+                        engine.backward(loss)
+                        for optimizer in run.optimizers:
+                            optimizer.step()
+                        losses.append(loss.item())
+                        seconds = time.perf_counter() - start
                 peak = _peak(device) - baseline
             found = predicted(config, device, run.placement)
-            measured, homes = _counted(engine, run.optimizers, watched), _homes(engine)
+            measured, homes = _counted(engine, trace), _homes(engine)
         finally:
             engine.remove()
             engine.home.discard()
@@ -122,49 +120,15 @@ def _by_kind(footprint: Footprint) -> dict[str, int]:
     return found
 
 
-def _counted(engine: Engine, optimizers: list[torch.optim.Optimizer], watched: dict[str, int]) -> dict[str, int]:
-    params = {id(param): param for param in engine.model.parameters()}.values()
-    here = sum(param.untyped_storage().nbytes() for param in params)  # a stand-in has one element
-    kept = (state for optimizer in optimizers for state in optimizer.state.values())
-    states = (value for state in kept for value in state.values() if isinstance(value, Tensor))
-    pools = sum(slot.buffer.numel() for home in engine.home.streamed for slot in home._slots)
+def _counted(engine: Engine, trace: MemoryTrace) -> dict[str, int]:
+    pools = sum(slot.buffer.nbytes for home in engine.home.streamed for slot in home._slots)
     return {
-        WEIGHTS: here,
+        WEIGHTS: trace.most[WEIGHTS] - pools,
         POOLS: pools,
-        STATE: sum(value.numel() * value.element_size() for value in states),
-        GRADIENTS: watched[GRADIENTS],
-        KEPT: watched[KEPT],
+        STATE: trace.most[STATE],
+        GRADIENTS: trace.most[GRADIENTS],
+        KEPT: trace.most[KEPT],
     }
-
-
-@contextmanager
-def _watching(engine: Engine) -> Iterator[dict[str, int]]:
-    """Counts the most bytes of gradients alive in a hook, and those of block inputs that are kept in a forward pass."""
-    most = {GRADIENTS: 0, KEPT: 0}
-    kept: dict[int, int] = {}
-    original = Slot.on_grad
-
-    def on_grad(slot: Slot, param: Tensor) -> None:
-        totals = sum(each.total.nbytes for each in engine._slots.values() if each.total is not None)
-        most[GRADIENTS] = max(most[GRADIENTS], totals + (0 if param.grad is None else param.grad.nbytes))
-        original(slot, param)
-
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and torch.is_grad_enabled():
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor) and value.requires_grad:
-                    kept[id(module)] = value.nbytes
-            most[KEPT] = max(most[KEPT], sum(kept.values()))
-
-    handles = [runner.block.register_forward_pre_hook(before, with_kwargs=True) for runner in engine._runners]
-    for slot in engine._slots.values():
-        slot.detach()
-        slot.handle = slot.param.register_post_accumulate_grad_hook(lambda param, slot=slot: on_grad(slot, param))
-    try:
-        yield most
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _homes(engine: Engine) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,11 +100,21 @@ class Reporter:
         self._tell("train", loss=loss, num_tokens=num_tokens, tokens_per_s=speed, **memory, **facts)
         self._last = time.perf_counter()
 
+    def memory(self, traced: Mapping[str, Any], num_tokens: int) -> None:
+        """Report the memory of the step just reported, moment by moment (:class:`MemoryTrace`)."""
+        self._tell("memory", num_tokens=num_tokens, **traced)
+        self._last = time.perf_counter()
+
     def evaluation(self, result: LossResult, accuracies: Mapping[str, float]) -> None:
         """Report a held-out score, of a task with its accuracies by scoring. Its time does not count as time of a step."""
         scores = {"loss": result.loss, "perplexity": result.perplexity, "num_tokens": result.num_tokens}
         scores |= {f"accuracy_{name}": value for name, value in accuracies.items()}
         self._tell("eval", **scores, **self._memory())
+        self._last = time.perf_counter()
+
+    def samples(self, samples: Sequence[Mapping[str, str]], seconds: float) -> None:
+        """Report what the model says to prompts. Its time does not count as time of a step."""
+        self._tell("samples", samples=list(samples), seconds=seconds)
         self._last = time.perf_counter()
 
     def resume(self, checkpoint: str, num_batches: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -29,6 +30,7 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .data import TrainData, TrainInputs, find_data, load_data
 from .interrupt import StopAfterStep
+from .memory_trace import TRACED_STEP, MemoryTrace
 from .planned import Placement, place_as_set, plan_placement, predicted_by_kind
 from .report import Reporter, count_tokens, program_bytes
 from .resume import versions
@@ -119,6 +121,12 @@ class Run:
             scheduler.step()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+
+    def memory_of_step(self) -> AbstractContextManager[MemoryTrace | None]:
+        """Around a step: follows its memory if it is the one that is to be shown."""
+        if not self.ranks.is_first or self.report.num_steps + 1 != min(TRACED_STEP, self.num_steps):
+            return nullcontext()
+        return MemoryTrace(self.engine, self.optimizers, self.device)()
 
     def rates(self) -> dict[str, float]:
         """The learning rates of the next step: ``lr``, and ``lora_lr`` if adapters have one of their own."""

@@ -51,6 +51,7 @@ from .resume import (
     set_later_aside,
 )
 from .run import Run, prepare
+from .samples import take_samples
 from .saver import Saver
 from .setup import check_output, without_cache
 from .together import joined, on_first
@@ -265,13 +266,18 @@ def _evaluate_train_evaluate(
     with without_cache(run.model):
         if checkpoint is None:
             saver.loss_before = run.evaluate()
+            take_samples(run)
         else:
             saver.loss_before = saved_loss(checkpoint.state)
             run.report.resume(str(checkpoint.path), run.num_batches)
             if checkpoint.state["owes_evaluation"]:
                 run.evaluate()
         _run_steps(run, saver)
-        return saver.loss_before, None if run.stop.requested else run.evaluate()
+        if run.stop.requested:
+            return saver.loss_before, None
+        loss_after = run.evaluate()
+        take_samples(run)
+        return saver.loss_before, loss_after
 
 
 def _run_steps(run: Run, saver: Saver) -> None:
@@ -279,15 +285,18 @@ def _run_steps(run: Run, saver: Saver) -> None:
     model, engine, report = run.model, run.engine, run.report
     for epoch, batch in run.batches():
         rates = run.rates()
-        loss = model(**batch).loss
-        value = run.value_of(loss)
-        spike = saver.guard.is_spike(value)
-        if spike:
-            loss = loss.detach()  # so that its graph is gone before the next one is made
-        else:
-            engine.backward(loss)  # every parameter is updated as its gradient completes
-        run.close_step()
+        with run.memory_of_step() as trace:
+            loss = model(**batch).loss
+            value = run.value_of(loss)
+            spike = saver.guard.is_spike(value)
+            if spike:
+                loss = loss.detach()  # so that its graph is gone before the next one is made
+            else:
+                engine.backward(loss)  # every parameter is updated as its gradient completes
+            run.close_step()
         report.step(run.num_tokens, value, **rates, epoch=epoch, **(SPIKE if spike else outcome(engine)))
+        if trace is not None:
+            report.memory(trace.to_event(), batch["input_ids"].numel())
         _look_at(run, saver, value)
         stop, save = run.asked(saver.is_due())
         if stop:
