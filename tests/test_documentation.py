@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import lowtide
 from lowtide.cli import COMMANDS, build_parser, main
@@ -32,6 +33,10 @@ NOT_RUN = {
     "make test": "is what runs this",
     "pip install .": "installs; tests/test_packaging.py builds what it installs",
     "git clone": "needs a network",
+    "#!/bin/bash": "the head of a script for SLURM",
+    "#SBATCH": "needs a cluster with SLURM",
+    "head=$(scontrol": "needs a cluster with SLURM",
+    "srun torchrun": "needs a cluster with SLURM; tests/sharded/test_torchrun.py has two agents on one machine",
     "pytest -m gpu": "needs a GPU",
     "python benchmarks/gpu/run.py": "needs a GPU; tests/gpu/test_runner.py runs its rehearsal",
     "lowtide eval --model runs/first/model --lm-eval": "downloads; tests/cli/test_eval.py runs a task of its own",
@@ -51,6 +56,8 @@ PUT_IN_PLACE = {
     "org/name": "",  # a data set of the hub
     "/fast/disk/run1": "disk/run1",
 }
+# What torchrun puts in the environment of a process that has no others.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 MODELS = ("DIR", "DIR_OR_HUB_ID", "DIR_OR_HUB_ID_OR_GGUF", "MODEL", "M", "my-model")
 # Smaller than what the page says, so that it takes seconds. Settings of a file cannot be changed, and need not be.
 SMALL = {
@@ -83,8 +90,18 @@ def not_run(line):
     return any(line.startswith(beginning) for beginning in NOT_RUN)
 
 
+def of_one_process(line):
+    """What every process runs that torchrun starts, whose own options are looked at; tests/sharded/test_torchrun.py starts several."""
+    before, _, after = line.partition(" -m lowtide ")
+    options = get_args_parser().parse_args([*shlex.split(before)[1:], "-m", "lowtide"])
+    assert options.module and options.training_script == "lowtide"
+    return f"lowtide {after}"
+
+
 def words_of(line):
     """The arguments of a command, with everything in place."""
+    if line.startswith("torchrun "):
+        line = of_one_process(line)
     words = shlex.split(line.split(" > ")[0])[1:]
     for before, after in PUT_IN_PLACE.items():
         words = [
@@ -109,7 +126,7 @@ def test_nothing_hides_in_a_block_of_another_language():
 def test_every_command_is_understood(page, capsys):
     """As it stands, also where it is not run."""
     for line in lines(page):
-        if not line.startswith("lowtide "):
+        if not line.startswith(("lowtide ", "torchrun ")):
             assert not_run(line), f"{page.name}: {line} is neither run nor in NOT_RUN"
             continue
         words = words_of(line)
@@ -195,11 +212,13 @@ def test_every_flag_that_is_named_is_one_of_some_command():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_every_program_runs(page, desk):
+def test_every_program_runs(page, desk, monkeypatch):
     """One after the other, with what the page takes for granted: modules, a model and its tokenizer."""
     if page.name in RUN_ELSEWHERE:
         assert page.name in (ROOT / RUN_ELSEWHERE[page.name]).read_text(encoding="utf-8")
         return
+    for name, value in ALONE.items():  # a process group of one
+        monkeypatch.setenv(name, value)
     model = load_model("DIR", dtype=torch.float32).train()
     ids = torch.randint(3, 100, (4, 8))
     batches = [{"input_ids": ids, "labels": ids}] * 2
@@ -212,6 +231,8 @@ def test_every_program_runs(page, desk):
         for before, after in PUT_IN_PLACE.items():
             program = program if before == "..." else program.replace(before, after)
         exec(compile(program.replace('"MODEL"', '"DIR"'), page.name, "exec"), scope)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
