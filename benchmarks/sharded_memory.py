@@ -129,11 +129,12 @@ def main() -> None:
     parser.add_argument("--optimizer", default="lomo", choices=("lomo", "adalomo"))
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=512, help="small: embedding and head are gathered, too")
     parser.add_argument("--rows", type=int, default=2, help="sequences on each rank")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +174,8 @@ def main() -> None:
                 "loading_bytes": loaded,
                 "peak_bytes": peak,
                 "ratio": round(peak / bound, 3),
-            }
+            },
+            options.results,
         )
 
 
@@ -188,10 +190,10 @@ def facts() -> dict[str, str]:
     }  # fmt: skip
 
 
-def append(row: dict[str, Any]) -> None:
-    """To the results."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
+def append(row: dict[str, Any], results: Path) -> None:
+    """To a CSV file."""
+    new = not results.exists()
+    with results.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         if new:
             writer.writeheader()

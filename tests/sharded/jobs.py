@@ -257,3 +257,23 @@ def train_with_full_disk(settings):
 
     with mock.patch.object(shards, "write_file", write_file):
         return train_run(settings)
+
+
+def overflow(dtype=torch.float16):
+    """A float16 step whose scaled gradients overflow on the last rank alone, and two that do not."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model = tiny_model(dtype=dtype)
+    lowtide.shard(model)
+    optimizer = lowtide.Lomo(model.parameters(), lr=1e-2)
+    engine = lowtide.fuse(model, optimizer, micro_batch_size=1, loss_scale=lowtide.LossScale(2.0**10))
+    scales, skipped = [], []
+    for step in range(3):
+        loss = model(**own_rows(tiny_batch(step), rank, size)).loss
+        if step == 0 and rank == size - 1:
+            loss = loss * 3e4
+        engine.backward(loss)
+        optimizer.step()
+        scales.append(engine.loss_scale.scale)
+        skipped.append(engine.step_skipped or engine.step_partial)
+    engine.remove()
+    return {"scales": scales, "skipped": skipped, "weights": weights(model)}

@@ -101,3 +101,12 @@ def test_offload_is_refused_where_torch_races(monkeypatch):
 def test_without_a_process_group_there_is_an_explanation():
     with pytest.raises(RuntimeError, match="torchrun"):
         lowtide.shard(torch.nn.Linear(2, 2))
+
+
+def test_a_loss_scale_falls_on_all_ranks(pools):
+    found = pools(2).run(jobs.overflow)
+    for each in found:
+        assert each["skipped"] == [True, False, False]
+        assert each["scales"][0] == 2.0**9
+        assert each["scales"] == found[0]["scales"]
+        assert all(torch.equal(each["weights"][name], value) for name, value in found[0]["weights"].items())

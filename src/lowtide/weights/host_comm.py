@@ -17,7 +17,7 @@ from torch import Tensor
 from .home import TRIM_FROM_BYTES, malloc_trim
 
 # Of one rank's part: gloo's buffer is that of all ranks.
-_SLICE_BYTES = 4 * 1024**2
+_SLICE_BYTES = 1024**2
 
 
 def use_slices(modules: Sequence[Any]) -> None:
