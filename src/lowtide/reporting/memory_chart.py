@@ -13,11 +13,12 @@ from .history import History
 PROGRAM, MEASURED = "Python and libraries", "measured above that"
 # The kinds of the planner (``planning.KINDS``, which would import torch) in the groups of the paper's figure, in the order of the stack.
 GROUPS = {
-    "weights": ("weights", "pools"),
+    "weights": ("weights", "pools", "gathered weights"),
     "gradients": ("gradients",),
     "optimizer state": ("optimizer state",),
     "activations": ("kept block inputs", "one block's working set", "logits"),
     "temporaries of the update": ("temporaries of the update",),
+    "buffers of the link": ("buffers of the link",),
     "free in the allocator": ("free in the allocator",),
 }
 OTHER = "other"
@@ -28,6 +29,7 @@ _COLORS = {
     "optimizer state": "#d6a419",
     "activations": "#8a63d2",
     "temporaries of the update": "#c2557f",
+    "buffers of the link": "#4f6fb5",
     "free in the allocator": "#b7a99a",
     OTHER: "#6f8f5f",
     MEASURED: "#2f9e63",
