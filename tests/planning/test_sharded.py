@@ -60,14 +60,6 @@ def test_what_does_not_shrink_is_the_largest_unit(tiny_shape):
     assert found[WEIGHTS] == pytest.approx(shape.weights_bytes / 64, rel=0.02)
 
 
-def test_on_a_cpu_nothing_is_gathered_early_and_nothing_is_kept(tiny_shape, monkeypatch):
-    monkeypatch.setitem(tracing.HEAP_BELOW, "cpu", 0)  # all of a tiny model comes from the heap, whose gaps outweigh it
-    shape = tiny_shape(changes=WIDE, batch_size=64, seq_len=4)
-    layer = next(unit.num_bytes for unit in shape.units if unit.is_layer)
-    found = sharded_footprint(shape, 64).device
-    assert found.get(GATHERED, 0) + found.get(SENT, 0) + found.get(GRADIENTS, 0) == pytest.approx(2 * layer, rel=0.02)
-
-
 def test_a_large_vocabulary_decides(tiny_shape):
     shape = tiny_shape(changes=LARGE_VOCABULARY, batch_size=64, seq_len=4, device="cuda")
     vocabulary = max(unit.num_bytes for unit in shape.units)
@@ -204,6 +196,17 @@ rows = sum(local_part(param).nbytes for param in model.parameters())
 model(**tiny_batch()).logits.float().sum().backward()
 print(json.dumps([rows, moved["foreach_all_gather"], moved["foreach_reduce"]]))
 """
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_nothing_is_kept_but_gradients_are_copied_where_they_are_converted(tiny_shape, monkeypatch, dtype):
+    monkeypatch.setitem(tracing.HEAP_BELOW, "cpu", 0)  # all of a tiny model comes from the heap, whose gaps outweigh it
+    shape = tiny_shape(changes=WIDE, batch_size=64, seq_len=4, dtype=dtype)
+    layer = next(unit.num_bytes for unit in shape.units if unit.is_layer)
+    found = sharded_footprint(shape, 64).device
+    # float32: weights and gradients, or gradients and what is sent. bfloat16: gradients, joined, and in float32
+    expected = 2 if dtype == torch.float32 else 4
+    assert sum(found.get(kind, 0) for kind in (GATHERED, SENT, GRADIENTS)) == pytest.approx(expected * layer, rel=0.02)
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("qwen3_moe", False)])

@@ -145,6 +145,7 @@ class _UnitBytes:
         sums: this rank's rows of them, as they come.
         gradients: the same in the dtype of the weights; 0 where this is the reduce dtype, and nothing is converted.
         whole_gradients: all of them, before they are sent.
+        joined: a copy of them while they are put into the buffer.
         update: temporaries of the update.
     """
 
@@ -155,14 +156,18 @@ class _UnitBytes:
     sums: int
     gradients: int
     whole_gradients: int
+    joined: int
     update: int
 
     @classmethod
-    def of(cls, module: nn.Module, sharding: Sharding, rank: StepShape) -> _UnitBytes:
+    def of(cls, module: nn.Module, sharding: Sharding, rank: StepShape, added_up: bool = False) -> _UnitBytes:
+        """Added up: over several micro-batches, in the reduce dtype."""
         params, shards = list(module.parameters()), sharding.num_shards
         rows = [own_rows(param, shards) for param in params]
         itemsize = sharding.reduce_itemsize(rank.dtype)
+        converts = itemsize != rank.dtype.itemsize
         elements = sum(part.numel() for part in rows)
+        gradients = sum(param.numel() for param in params) * itemsize if added_up else sum_bytes(params)
         pieces = [shards * part.nbytes for part in rows]
         updates = [temporary_bytes(part, rank.optimizer, "cpu" if sharding.offload else rank.device) for part in rows]
         # AdaLomo's rule waits for sums over ranks with all parameters of a unit at once, each with its last slice.
@@ -174,8 +179,10 @@ class _UnitBytes:
             # between nodes the sums are added up once more, in place
             left=(shards + (shards < sharding.num_ranks)) * elements * itemsize if rank.device != "cpu" else 0,
             sums=elements * itemsize,
-            gradients=elements * rank.dtype.itemsize if itemsize != rank.dtype.itemsize else 0,
-            whole_gradients=sum_bytes(params),
+            gradients=elements * rank.dtype.itemsize if converts else 0,
+            whole_gradients=gradients,
+            # On a CPU torch joins tensors first and converts them then.
+            joined=gradients if rank.device == "cpu" and converts and not added_up else 0,
             update=together(updates),
         )
 
@@ -190,7 +197,11 @@ class _RankStep:
 
     def __init__(self, rank: StepShape, sharding: Sharding, micro_batch_size: int) -> None:
         self.rank, self.sharding = rank, sharding
-        units = [_UnitBytes.of(module, sharding, rank) for module in _modules(rank)]
+        split = micro_batch_size < rank.batch_size  # embedding and head take all rows at once
+        units = [
+            _UnitBytes.of(module, sharding, rank, added_up=split and unit.is_layer)
+            for module, unit in zip(_modules(rank), rank.units, strict=True)
+        ]
         self.embedding = units[0]
         self.tied = rank.units[-1].is_layer
         self.head = units[0] if self.tied else units[-1]
@@ -260,7 +271,7 @@ class _RankStep:
     def _sums(self, unit: _UnitBytes, live: Bytes, coming: int, phase: str) -> Iterator[Bytes]:
         """A unit's gradients are sent: copied, added up, used."""
         own = unit.sums
-        yield added(live, {GRADIENTS: unit.whole_gradients, SENT: unit.sent + coming})
+        yield added(live, {GRADIENTS: unit.whole_gradients, SENT: unit.sent + unit.joined + coming})
         yield added(live, {SENT: unit.sent + own + coming})
         converted = {GRADIENTS: unit.gradients or own, SENT: unit.left + coming}
         yield added(live, converted, {SENT: own if unit.gradients else 0})
