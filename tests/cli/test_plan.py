@@ -78,6 +78,69 @@ def test_micro_batch_and_clipping_are_taken(lowtide, config_dir):
     assert not json.loads(lowtide("plan", "--model", config_dir, *QUICK, *flags).out)["exact_clipping"]
 
 
+GPU = ("--device", "cuda", "--device-memory", "24GiB", "--host-memory", "64GiB")
+
+
+def test_several_gpus_for_people(lowtide, config_dir):
+    result = lowtide("plan", "--model", config_dir, *QUICK, *GPU, "--ranks", "4")
+    assert (result.code, result.err) == (0, [])
+    for words in (
+        "Each of 4 GPUs, at the fullest moment of a step",
+        "gathered weights",
+        "lowtide adalomo, each of 4",
+        "One GPU, and more that share the model and the batch",
+        "Between them 24 GB/s each way (that of PCIe, assumed)",
+    ):
+        assert words in result.out
+    last = " ".join(result.out.split("Between them")[1].split())
+    assert "as one that holds it whole" in last or "One GPU that holds it whole" in last
+
+
+def test_several_machines_as_json(lowtide, config_dir):
+    flags = (
+        "--ranks",
+        "4",
+        "--ranks-per-node",
+        "2",
+        "--link-bandwidth",
+        "1kB/s",
+        "--node-bandwidth",
+        "2kB/s",
+        "--json",
+        "-",
+    )
+    found = json.loads(lowtide("plan", "--model", config_dir, *QUICK, "--device", "cpu", *flags).out)
+    ranks = found["ranks"]
+    assert ranks["link"] == {"rank_s": 1000, "node_s": 2000, "source": "given"}
+    assert (ranks["num_ranks"], ranks["ranks_per_node"], ranks["reduce_dtype"]) == (4, 2, "float32")
+    assert [option["num_ranks"] for option in ranks["options"]] == [1, 2, 4]
+    assert [option["bottleneck"] for option in ranks["options"]] == ["compute", "link", "link"]
+    assert ranks["better_buy"] == 1 and "One machine" in ranks["sentence"]
+    assert found["plan"]["micro_batch_size"] == ranks["options"][0]["micro_batch_size"]
+    assert ranks["options"][2]["time"]["reduce_bytes"] > 0
+    assert json.loads(lowtide("plan", "--model", config_dir, *QUICK, "--json", "-").out)["ranks"] is None
+
+
+def test_gpus_that_hold_together_what_one_cannot(lowtide, config_dir, tmp_path):
+    flags = ("--ranks", "4", "--device", "cuda", "--host-memory", "0", "--no-mask", "--json", "-")
+    large = json.loads((config_dir / "config.json").read_text())
+    large.update(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    shown = json.loads(lowtide("plan", "--model", tmp_path, *QUICK, *flags, "--device-memory", "1GB").out)["ranks"]
+    one, two, four = (option["totals"]["device"] for option in shown["options"])
+    assert one > two > four
+    between = str((one + two) // 2)
+    found = json.loads(lowtide("plan", "--model", tmp_path, *QUICK, *flags, "--device-memory", between).out)
+    assert found["plan"] is None and found["ranks"]["options"][0]["footprint"] is None
+    assert "cannot train this at all" in found["ranks"]["sentence"]
+    people = (*flags[:-2], "--device-memory", between, "--plot", tmp_path / "plan.png")
+    result = lowtide("plan", "--model", tmp_path, *QUICK, *people)
+    assert result.code == 0 and "Methods compared" in result.out and "cannot train this at all" in result.out
+    assert (tmp_path / "plan.png").is_file()
+    result = lowtide("plan", "--model", tmp_path, *QUICK, *flags, "--device-memory", "1MB")
+    assert result.code == 1 and "no plan fits: each of 4 would take" in result.err[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
@@ -92,6 +155,12 @@ def test_micro_batch_and_clipping_are_taken(lowtide, config_dir):
         (("--device", "tpu"), 2, "--device must be auto, cpu, cuda or cuda:N, got tpu"),
         (("--device-memory", "10kB"), 1, "no plan fits"),
         (("--directory", "nowhere"), 2, "--directory nowhere is not a directory"),
+        (("--ranks", "1"), 2, "expected a whole number of at least 2, got '1'"),
+        (("--ranks", "8"), 2, "--batch-size is that of all ranks together, and 4 cannot be shared by 8"),
+        (("--ranks", "4", "--ranks-per-node", "3"), 2, "--ranks 4 cannot be divided into groups of --ranks-per-node 3"),
+        (("--ranks", "4", "--node-bandwidth", "1GB/s"), 2, "--node-bandwidth is between groups, and there is one"),
+        (("--link-bandwidth", "1GB/s"), 2, "--link-bandwidth means nothing without --ranks"),
+        (("--ranks", "4", "--link-bandwidth", "fast"), 2, "'fast' is not a rate; write it like 12GB/s"),
     ],
 )
 def test_what_is_wrong_is_one_line(lowtide, config_dir, flags, code, words):

@@ -125,3 +125,15 @@ def test_a_prediction_that_fails_stops_nothing(make_config, monkeypatch):
     result = run(make_config(max_steps=1))
     assert result.num_steps == 1
     assert read_events(result.output / "metrics.jsonl")[0]["predicted_memory"] is None
+
+
+def test_of_several_processes_the_prediction_is_that_of_one_of_them(make_config):
+    config = make_config(reduce_dtype="weights", ranks_per_node=2)
+    placement = planned.place_as_set(config, sharded=True)
+    model_config = planned.load_config(config.model)
+    alone, shared = (planned.predicted_by_kind(config, "cpu", placement, model_config, size) for size in (1, 4))
+    assert shared["weights"] == pytest.approx(alone["weights"] / 2, rel=0.05)
+    expected = planning.sharded_footprint(
+        planned.step_shape(config, "cpu"), 4, ranks_per_node=2, reduce_dtype="weights"
+    )
+    assert shared == expected.device

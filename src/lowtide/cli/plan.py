@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..training.config import DEFAULT_CLIP_GRAD_NORM, DTYPES, OPTIMIZERS, ROUNDINGS
 from ..units import format_count
 from .arguments import UsageError
+from .plan_ranks import RankAnswer, add_rank_arguments, check_ranks, plan_ranks
 from .quantities import at_least, flops, positive, rate, size
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ examples:
   lowtide plan --model ./my-model --max-seq-len 1024 --batch-size 8
   lowtide plan --model ./my-model --max-seq-len 512 --batch-size 8 --device cuda --device-memory 24GiB --host-memory 64GiB
   lowtide plan --model ./my-model --max-seq-len 512 --batch-size 8 --disk 500GB --steps 1000 --json plan.json --plot plan.png
+  lowtide plan --model ./my-model --max-seq-len 512 --batch-size 8 --device cuda --device-memory 24GiB --ranks 8
 
 Limits that are not given are what this machine has free; the disk is used only where --disk allows it. Speeds that are not
 given are measured in a second or two, or assumed where they cannot be, and the answer says which."""
@@ -92,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         room.add_argument(flag, type=rate, metavar="RATE", help=f"bytes a second {text}, as 12GB/s")
     room.add_argument("--no-measure", action="store_true", help="assume every speed that is not given")
+    add_rank_arguments(parser)
     answer = parser.add_argument_group("the answer")
     answer.add_argument("--steps", type=at_least(1), metavar="N", help="of the run, for what it writes to the disk")
     answer.add_argument("--json", metavar="FILE", help="write it as JSON, too; - for JSON alone on standard output")
@@ -106,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.micro_batch_size is not None and args.micro_batch_size > args.batch_size:
         raise UsageError(f"--micro-batch-size must not be larger than --batch-size ({args.batch_size})")
+    check_ranks(args)
     for file in (args.plot, None if args.json == "-" else args.json):
         if file is not None and Path(file).exists():
             raise FileExistsError(f"{file} exists, and nothing is overwritten: name a new file")
@@ -115,26 +119,39 @@ def run(args: argparse.Namespace) -> int:
     from ..planning import as_method, compare, make_plan
 
     shape, device = _shape(args)
-    limits = _limits(args, device)
-    plan = make_plan(
-        shape,
-        limits=limits,
-        speeds=_speeds(args, shape, device),
-        weights={"cpu": "host"}.get(args.weights, args.weights),
-        micro_batch_size=args.micro_batch_size,
-    )
-    methods = (*compare(shape), as_method(f"lowtide {args.optimizer}, this plan", plan.footprint))
-    _answer(args, shape, plan, methods)
+    limits, speeds = _limits(args, device), _speeds(args, shape, device)
+    plan: Plan | None
+    if args.ranks is None:
+        options = {
+            "weights": {"cpu": "host"}.get(args.weights, args.weights),
+            "micro_batch_size": args.micro_batch_size,
+        }
+        plan, ranks = make_plan(shape, limits=limits, speeds=speeds, **options), None
+    else:
+        plan, ranks = plan_ranks(args, shape, limits, speeds)
+    methods = compare(shape)
+    if plan is not None:
+        methods = (*methods, as_method(f"lowtide {args.optimizer}, this plan", plan.footprint))
+    if ranks is not None:
+        methods = (*methods, as_method(f"lowtide {args.optimizer}, each of {args.ranks}", ranks.footprint))
+    _answer(args, shape, plan, methods, limits, ranks)
     return 0
 
 
-def _answer(args: argparse.Namespace, shape: StepShape, plan: Plan, methods: tuple[Method, ...]) -> None:
+def _answer(
+    args: argparse.Namespace,
+    shape: StepShape,
+    plan: Plan | None,
+    methods: tuple[Method, ...],
+    limits: Limits,
+    ranks: RankAnswer | None,
+) -> None:
     title = (
         f"{args.model}: {format_count(shape.num_parameters)} parameters in {args.dtype}, {args.batch_size} sequences of "
         f"{args.max_seq_len} tokens, {args.optimizer}{', exact clipping' if shape.exact_clipping else ''}, {shape.device}"
     )
     if args.json is not None:
-        text = json.dumps(_as_dict(args, shape, plan, methods), indent=1, allow_nan=False)
+        text = json.dumps(_as_dict(args, shape, plan, methods, ranks), indent=1, allow_nan=False)
         if args.json == "-":
             print(text)
         else:
@@ -143,11 +160,20 @@ def _answer(args: argparse.Namespace, shape: StepShape, plan: Plan, methods: tup
     if args.json != "-":
         from rich.console import Console
 
-        from ..reporting.plan_table import plan_report
+        from ..reporting.plan_table import methods_report, plan_report
 
-        report = plan_report(plan, methods, title=title, on_cpu=shape.device == "cpu", num_steps=args.steps)
+        on_cpu = shape.device == "cpu"
+        if plan is not None:
+            report = plan_report(plan, methods, title=title, on_cpu=on_cpu, num_steps=args.steps)
+        else:
+            report = methods_report(methods, title=title)
         # as wide as a table needs where nobody looks at a terminal
-        Console(width=None if sys.stdout.isatty() else 110, highlight=False).print(report)
+        console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+        console.print(report)
+        if ranks is not None:
+            from ..reporting.ranks_table import ranks_report
+
+            console.print(ranks_report(**ranks.shown(), limits=limits, on_cpu=on_cpu))
     if args.plot is not None:
         from ..reporting.plan_plot import plot_plan
 
@@ -156,12 +182,14 @@ def _answer(args: argparse.Namespace, shape: StepShape, plan: Plan, methods: tup
             title=f"{methods[-1].total / 2**30:.1f} GiB on the device, {methods[0].total / 2**30:.1f} with AdamW",
             subtitle=title,
             methods=methods,
-            limit_bytes=plan.limits.device,
+            limit_bytes=limits.device,
             note="Counted from the model's config, not measured. Activations with checkpointing.",
         )
 
 
-def _as_dict(args: argparse.Namespace, shape: StepShape, plan: Plan, methods: tuple[Method, ...]) -> dict[str, Any]:
+def _as_dict(
+    args: argparse.Namespace, shape: StepShape, plan: Plan | None, methods: tuple[Method, ...], ranks: RankAnswer | None
+) -> dict[str, Any]:
     return {
         "model": args.model,
         "num_parameters": shape.num_parameters,
@@ -172,10 +200,11 @@ def _as_dict(args: argparse.Namespace, shape: StepShape, plan: Plan, methods: tu
         "rounding": args.rounding,
         "exact_clipping": shape.exact_clipping,
         "device": shape.device,
-        "plan": plan.to_dict(),
+        "plan": None if plan is None else plan.to_dict(),
         "methods": [{**dataclasses.asdict(method), "total": method.total} for method in methods],
         "steps": args.steps,
-        "disk_bytes_written": None if args.steps is None else plan.disk_bytes_written(args.steps),
+        "disk_bytes_written": None if args.steps is None or plan is None else plan.disk_bytes_written(args.steps),
+        "ranks": None if ranks is None else ranks.to_dict(),
     }
 
 

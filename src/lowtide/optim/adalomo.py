@@ -156,6 +156,7 @@ class _Full:
     def update_moments(self, beta: float, eps: float) -> Iterator[list[Tensor]]:
         for _, grad, moment, _ in self._slices():
             moment.mul_(beta).add_(grad.square().add_(eps), alpha=1.0 - beta)
+            del grad  # a generator keeps what it names
         yield from ()
 
     def sums_of_squares(self) -> tuple[Tensor, Tensor]:
@@ -208,12 +209,17 @@ class _Factored:
                 where = slice(matrix, matrix + num_matrices), slice(row, row + num_rows)
                 yield where, prepared(self.grads[where], self.row.dtype, self.prepare)
 
-    def update_moments(self, beta: float, eps: float) -> Iterator[list[Tensor]]:
+    def _update_row(self, beta: float, eps: float) -> Tensor:
+        """Returns the sums over columns. Not in the generator below, which would keep the last slice while it waits."""
         col_sum = torch.zeros_like(self.col)
         for where, grad in self._slices():
             squared = grad.square().add_(eps)
             self.row[where].mul_(beta).add_(squared.mean(dim=2), alpha=1.0 - beta)
             col_sum[where[0]] += squared.sum(dim=1)
+        return col_sum
+
+    def update_moments(self, beta: float, eps: float) -> Iterator[list[Tensor]]:
+        col_sum = self._update_row(beta, eps)
         if self.parts_of_matrices:
             row_sum = self.row.sum(dim=1, keepdim=True)
             yield [col_sum, row_sum]

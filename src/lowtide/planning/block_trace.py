@@ -1,7 +1,8 @@
 """The working set of one block: what its forward and its recompute-and-backward hold beyond inputs and weights.
 
 Follows ``fused/block.py``: a forward pass without a graph, micro-batch by micro-batch; backward runs each micro-batch again with
-one, and a hook on each parameter takes its gradient away at once, or adds it to the block's sums.
+one, and a hook on each parameter takes its gradient away at once, or adds it to the block's sums. Where weights are spread over
+ranks all gradients of the block stay until its backward is over (``fused/sharded.py``).
 
 Shape letters: B = batch, the first dimension of the block's first tensor.
 """
@@ -61,7 +62,14 @@ class WorkingSet:
 
 
 def trace_block(
-    call: BlockCall, *, micro_batch_size: int, update: Transient, applies: bool = True, **options: Any
+    call: BlockCall,
+    *,
+    micro_batch_size: int,
+    update: Transient,
+    applies: bool = True,
+    gathered: bool = False,
+    sums_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> WorkingSet:
     """Run one block on the meta device and read its peaks.
 
@@ -70,6 +78,8 @@ def trace_block(
         micro_batch_size: samples that go through the block at a time.
         update: temporaries that updating a parameter needs.
         applies: False for a pass that only measures the norm of the gradients.
+        gathered: the weights are those that FSDP2 has gathered: gradients stay, and nothing is updated here.
+        sums_dtype: of gradients that are gathered, added up over several micro-batches; None for that of the weights.
         options: of :class:`MemoryTrace`.
 
     Raises:
@@ -80,7 +90,7 @@ def trace_block(
         forward, backward = (MemoryTrace(**options) for _ in range(2))
         for trace in (forward, backward):
             trace.ignore([*call.block.parameters(), *call.block.buffers(), *_tensors(leaves)])
-        sums = _GradientSums(backward, update, applies)
+        sums = _WholeGradients(backward, sums_dtype) if gathered else _GradientSums(backward, update, applies)
         _trace_forward(forward, call.block, leaves, spec, micro_batch_size)
         _trace_backward(backward, call.block, leaves, spec, micro_batch_size, sums)
     return WorkingSet(forward.peak, backward.peak, forward.heap_high, backward.heap_high)
@@ -100,7 +110,7 @@ def _trace_forward(trace: MemoryTrace, block: nn.Module, leaves: list[Any], spec
 
 
 def _trace_backward(
-    trace: MemoryTrace, block: nn.Module, leaves: list[Any], spec: Any, size: int, sums: _GradientSums
+    trace: MemoryTrace, block: nn.Module, leaves: list[Any], spec: Any, size: int, sums: _GradientSums | _WholeGradients
 ) -> None:
     batch = _batch_size(leaves)
     starts = range(0, batch, size)[:_TRACED_MICRO_BATCHES]
@@ -114,6 +124,7 @@ def _trace_backward(
                 _backward_once(trace, block, spec, inputs)
                 _gather(input_grads, inputs, leaves, size >= batch)
                 del inputs
+                sums.end_micro_batch()
     finally:
         for handle in handles:
             handle.remove()
@@ -143,6 +154,44 @@ class _GradientSums:
             grad = self.sums.pop(param)
         if self.applies:
             self.trace.transient(self.update(param))
+
+    def end_micro_batch(self) -> None:
+        """Nothing is left to do."""
+
+
+class _WholeGradients:
+    """What FSDP2 and ``UnshardedSums`` do: all gradients stay, and are added up between micro-batches if in another dtype."""
+
+    def __init__(self, trace: MemoryTrace, dtype: torch.dtype | None) -> None:
+        self.trace, self.dtype = trace, dtype
+        self.accumulating = False
+        self.grads: dict[Tensor, Tensor] = {}
+        self.sums: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def on_grad(self, param: Tensor) -> None:
+        grad, param.grad = param.grad, None
+        assert grad is not None
+        self.trace.retag(grad, GRADIENTS)
+        if param in self.grads:
+            self.grads[param].add_(grad)
+        else:
+            self.grads[param] = grad
+
+    @torch.no_grad()
+    def end_micro_batch(self) -> None:
+        """Behind a micro-batch that is not the last."""
+        if not self.accumulating:
+            return
+        for param in list(self.grads) if self.dtype is not None else ():
+            if self.grads[param].dtype == self.dtype:
+                continue
+            grad = self.grads.pop(param)
+            if param in self.sums:
+                self.sums[param].add_(grad)
+            else:
+                with self.trace.kind(GRADIENTS):
+                    self.sums[param] = grad.to(self.dtype)
 
 
 def _backward_once(trace: MemoryTrace, block: nn.Module, spec: Any, inputs: list[Any]) -> None:

@@ -23,8 +23,10 @@ from .tracing import GRADIENTS, KEPT, LOGITS, OTHER, WORKING
 _ELEMENTS_PER_INPUT = 17  # of activations for one of the layer's input: 34 bytes of 16-bit numbers
 
 
-def untraced_working_set(call: BlockCall, micro_batch_size: int) -> WorkingSet:
-    """Bytes that one block needs, from the size of its input and its parameters."""
+def untraced_working_set(
+    call: BlockCall, micro_batch_size: int, *, gathered: bool = False, sums_dtype: torch.dtype | None = None
+) -> WorkingSet:
+    """Bytes that one block needs, from the size of its input and its parameters; the rest as for ``trace_block``."""
     hidden = call.tensors()[0]
     share = hidden.nbytes * min(micro_batch_size, hidden.shape[0]) // hidden.shape[0]
     params = list(call.block.parameters())
@@ -33,6 +35,10 @@ def untraced_working_set(call: BlockCall, micro_batch_size: int) -> WorkingSet:
         gradients = sum(param.numel() for param in params) * itemsize + max(param.nbytes for param in params)
     else:
         gradients = max(param.nbytes for param in params)
+    if gathered:
+        gradients = sum(param.nbytes for param in params)
+        if micro_batch_size < hidden.shape[0] and sums_dtype not in (None, params[0].dtype):
+            gradients += sum(param.numel() for param in params) * sums_dtype.itemsize
     activations = _ELEMENTS_PER_INPUT * share
     return WorkingSet(
         {WORKING: hidden.nbytes + activations // 3}, {WORKING: hidden.nbytes + activations, GRADIENTS: gradients}

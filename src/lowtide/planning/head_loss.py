@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..optim.base import SIXTEEN_BIT
-from .tracing import LOGITS, MemoryTrace
+from .tracing import GRADIENTS, LOGITS, MemoryTrace
 
 # As in models/loss.py: float32 logits alive at a time, and the narrowest slice of the vocabulary.
 MAX_LOGITS = 2**22
@@ -42,7 +42,8 @@ class HeadLoss(torch.autograd.Function):
         hidden, weight, _ = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[1:3]
         grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if need_hidden else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
+        with ctx.trace.kind(GRADIENTS):
+            grad_weight = torch.empty_like(weight) if need_weight else None
         part = product = None
         with ctx.trace.kind(LOGITS):
             for height, width in _first_slices(hidden.shape[0], weight.shape[0]):

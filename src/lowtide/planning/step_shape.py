@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..log import get_logger
 from ..optim.base import SIXTEEN_BIT
@@ -79,6 +79,7 @@ class StepShape:
         self.optimizer, self.rounding = optimizer, rounding
         self.exact_clipping, self.masked = exact_clipping, masked
         self.device = "cpu" if device == "cpu" else "cuda"
+        self.gathered = False
         self.model = skeleton(self.config, dtype, trust_remote_code)
         self.blocks = find_blocks(self.model)
         if not self.blocks:
@@ -89,12 +90,17 @@ class StepShape:
         in_float32 = self.device == "cpu" and dtype in SIXTEEN_BIT and not computes_bfloat16()
         self._trace_options: dict[str, Any] = {"heap_below": HEAP_BELOW[self.device], "float32_products": in_float32}
 
-    def resized(self, *, batch_size: int, seq_len: int) -> StepShape:
-        """The same model with another batch."""
+    def resized(self, *, batch_size: int, seq_len: int, gathered: bool = False) -> StepShape:
+        """The same model with another batch.
+
+        Args:
+            batch_size, seq_len: B and S.
+            gathered: its weights are spread over ranks, and ``step`` has no updates: these are of a rank's rows, see ``sharded.py``.
+        """
         other = copy.copy(self)
         for name in ("step", "largest_activations"):
             other.__dict__.pop(name, None)
-        other.batch_size, other.seq_len, other._working = batch_size, seq_len, {}
+        other.batch_size, other.seq_len, other._working, other.gathered = batch_size, seq_len, {}, gathered
         return other
 
     @cached_property
@@ -134,7 +140,7 @@ class StepShape:
     @cached_property
     def step(self) -> StepTrace:
         """The step outside its blocks."""
-        update = update_temporaries(self.optimizer, self.device)
+        update = update_temporaries(self.optimizer, self.device) if not self.gathered else _nothing
         try:
             return trace_step(
                 self.model,
@@ -156,7 +162,7 @@ class StepShape:
         largest = 0
         for call in {_signature(call): call for call in self.step.calls}.values():
             try:
-                peak = trace_block(call, micro_batch_size=self.batch_size, update=lambda _: {}).backward
+                peak = trace_block(call, micro_batch_size=self.batch_size, update=_nothing).backward
             except Exception:  # said before, in working_sets
                 peak = untraced_working_set(call, self.batch_size).backward
             largest = max(largest, peak.get(WORKING, 0))
@@ -170,6 +176,33 @@ class StepShape:
             applies: False for the first pass of exact clipping.
         """
         return [self._working_set(call, micro_batch_size, applies) for call in self.step.calls]
+
+    def gathered_working_sets(self, micro_batch_size: int, sums_dtype: torch.dtype | None) -> list[WorkingSet]:
+        """Of every block where its weights are spread over ranks, once they have been gathered: all gradients of a block are in it.
+
+        Args:
+            micro_batch_size: samples that go through a block at a time.
+            sums_dtype: in which gradients are added up over micro-batches; None for that of the weights.
+        """
+        return [self._gathered_working_set(call, micro_batch_size, sums_dtype) for call in self.step.calls]
+
+    def _gathered_working_set(self, call: BlockCall, size: int, sums_dtype: torch.dtype | None) -> WorkingSet:
+        key = (_signature(call), size, sums_dtype, "gathered")
+        if key not in self._working:
+            try:
+                traced = trace_block(
+                    call,
+                    micro_batch_size=size,
+                    update=_nothing,
+                    gathered=True,
+                    sums_dtype=sums_dtype,
+                    **self._trace_options,
+                )
+            except Exception as error:  # as above
+                _logger.warning("%s cannot be traced (%s): estimated instead", type(call.block).__name__, error)
+                traced = untraced_working_set(call, size, gathered=True, sums_dtype=sums_dtype)
+            self._working[key] = traced
+        return self._working[key]
 
     def _working_set(self, call: BlockCall, size: int, applies: bool) -> WorkingSet:
         key = (_signature(call), size, applies)
@@ -202,8 +235,7 @@ class StepShape:
         if self.device == "cpu":  # host memory is where weights are computed on: nothing moves
             of = {name: "device" if home == "host" else home for name, home in of.items()}
         measure = self.working_sets(size, applies=False) if self.exact_clipping else ()
-        trimmed = [unit.num_bytes >= _TRIM_FROM_BYTES for unit in self.units if unit.is_layer]
-        device, host = self.step.peak(self.working_sets(size), measure, trimmed), Bytes()
+        device, host = self.step.peak(self.working_sets(size), measure, trims_around(self)), Bytes()
         if block_inputs == "host" and self.device != "cpu":
             device, host = self._inputs_in_host_memory(device)
         weights = self._weights_by_home(of)
@@ -248,6 +280,15 @@ def footprint(
     """Bytes by kind and place of a training step; see :class:`StepShape` for ``shape`` and its method for the rest."""
     step = StepShape(config, **shape)
     return step.footprint(homes, micro_batch_size=micro_batch_size, block_inputs=block_inputs)
+
+
+def trims_around(shape: StepShape) -> list[bool]:
+    """Of each block, whether it is so large that free memory is given back around it."""
+    return [unit.num_bytes >= _TRIM_FROM_BYTES for unit in shape.units if unit.is_layer]
+
+
+def _nothing(_: Tensor) -> Bytes:
+    return {}
 
 
 def _unit(name: str, module: nn.Module, *, is_layer: bool) -> Unit:

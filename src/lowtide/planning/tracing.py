@@ -24,16 +24,18 @@ from ..optim.base import SIXTEEN_BIT
 
 # What the bytes of a training step are for, in the order in which they are shown.
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
-KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, OTHER, ALLOCATOR = (
+KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, GATHERED, SENT, OTHER, ALLOCATOR = (
     "kept block inputs",
     "one block's working set",
     "logits",
     "temporaries of the update",
     "pools",
+    "gathered weights",
+    "buffers of the link",
     "other",
     "free in the allocator",
 )
-KINDS = (WEIGHTS, GRADIENTS, STATE, KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, OTHER, ALLOCATOR)
+KINDS = (WEIGHTS, GRADIENTS, STATE, KEPT, WORKING, LOGITS, TEMPORARIES, POOLS, GATHERED, SENT, OTHER, ALLOCATOR)
 
 # On a CPU glibc gives larger pieces back to the system at once. Smaller ones come from its heap, whose free memory stays
 # resident until it is trimmed (M_MMAP_THRESHOLD in mallopt(3): the threshold climbs to this as pieces are freed).

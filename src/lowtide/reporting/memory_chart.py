@@ -17,11 +17,12 @@ PROGRAM, MEASURED = "Python and libraries", "measured above that"
 REST, ELSEWHERE = "other activations, temporaries, allocator", "more in other steps, or while loading"
 # The kinds of the planner (``planning.KINDS``, which would import torch) in the groups of the paper's figure, in the order of the stack.
 GROUPS = {
-    "weights": ("weights", "pools"),
+    "weights": ("weights", "pools", "gathered weights"),
     "gradients": ("gradients",),
     "optimizer state": ("optimizer state",),
     "activations": ("kept block inputs", "one block's working set", "logits"),
     "temporaries of the update": ("temporaries of the update",),
+    "buffers of the link": ("buffers of the link",),
     "free in the allocator": ("free in the allocator",),
 }
 OTHER = "other"
@@ -32,6 +33,7 @@ _COLORS = {
     "optimizer state": "#d6a419",
     "activations": "#8a63d2",
     "temporaries of the update": "#c2557f",
+    "buffers of the link": "#4f6fb5",
     "free in the allocator": "#b7a99a",
     OTHER: "#6f8f5f",
     REST: "#a78bdc",

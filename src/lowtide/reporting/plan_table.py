@@ -32,6 +32,11 @@ def plan_report(
     return Group(Text(title, style="bold"), _by_kind(plan, on_cpu), _by_method(methods), *lines)
 
 
+def methods_report(methods: Sequence[Method], *, title: str) -> RenderableType:
+    """The same without a plan, because nothing fits."""
+    return Group(Text(title, style="bold"), _by_method(methods))
+
+
 def _by_kind(plan: Plan, on_cpu: bool) -> Table:
     names = {"device": "memory" if on_cpu else "device", "host": "host memory", "disk": "disk"}
     places = [place for place in _PLACES if not (on_cpu and place == "host")]
@@ -77,9 +82,9 @@ def _choices(plan: Plan, on_cpu: bool) -> list[str]:
 def _time(plan: Plan) -> list[str]:
     time = plan.time
     lanes = {"compute": time.compute_s, "PCIe": time.bus_s, "disk": time.disk_s}
-    shown = ", ".join(f"{name} {_seconds(value)}" for name, value in lanes.items() if value)
+    shown = ", ".join(f"{name} {format_seconds(value)}" for name, value in lanes.items() if value)
     lines = [
-        f"Expected time of a step: {_seconds(time.step_s)} ({shown}), {format_count(plan.tokens / time.step_s)} tokens/s; "
+        f"Expected time of a step: {format_seconds(time.step_s)} ({shown}), {format_count(plan.tokens / time.step_s)} tokens/s; "
         f"bottleneck: {time.bottleneck}."
     ]
     if time.tokens_to_hide is None:
@@ -119,7 +124,8 @@ def _disk(plan: Plan, num_steps: int | None) -> list[str]:
     return [f"{text}. An SSD's warranty names the TB it is made for (TBW)."]
 
 
-def _seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """Two figures of short times, else minutes and hours."""
     return f"{seconds:.2g} s" if seconds < 10 else format_duration(seconds)
 
 

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..log import get_logger
 from ..models import find_blocks, load_config, parse_dtype
-from ..planning import Footprint, Limits, Plan, StepShape, available_host_bytes, device_available_bytes, find_speeds
+from ..planning import (
+    Footprint,
+    Limits,
+    Plan,
+    StepShape,
+    available_host_bytes,
+    device_available_bytes,
+    find_speeds,
+    sharded_footprint,
+)
 from .config import TrainConfig
 from .rng import random_state, set_random_state
 from .setup import existing_folder
@@ -117,9 +126,22 @@ def find_plan(shape: StepShape, config: TrainConfig, limits: Limits, device: str
 
 
 def predicted(
-    config: TrainConfig, device: str, placement: Placement, model_config: PreTrainedConfig | None = None
+    config: TrainConfig,
+    device: str,
+    placement: Placement,
+    model_config: PreTrainedConfig | None = None,
+    num_ranks: int = 1,
 ) -> Footprint:
-    """What the planner says of a placement, chosen by it or not."""
+    """What the planner says of a placement, chosen by it or not; of one of several ranks that share the model."""
+    if num_ranks > 1:
+        return sharded_footprint(
+            step_shape(config, device, model_config),
+            num_ranks,
+            micro_batch_size=placement.micro_batch_size,
+            ranks_per_node=config.ranks_per_node,
+            reduce_dtype="auto" if config.reduce_dtype == "float32" else "weights",
+            offload=config.weights == "cpu",
+        )
     if placement.plan is not None:
         return placement.plan.footprint
     home = "disk" if placement.directory is not None else {"cpu": "host"}.get(config.weights, config.weights)
@@ -127,7 +149,7 @@ def predicted(
 
 
 def predicted_by_kind(
-    config: TrainConfig, device: str, placement: Placement, model_config: PreTrainedConfig
+    config: TrainConfig, device: str, placement: Placement, model_config: PreTrainedConfig, num_ranks: int = 1
 ) -> dict[str, int] | None:
     """Bytes on the device by kind, for the record of a run; None where the planner has no answer, which never stops a run.
 
@@ -136,12 +158,13 @@ def predicted_by_kind(
         device: where the run computes.
         placement: of its weights.
         model_config: of the model that was loaded, which saves reading it again.
+        num_ranks: that share the model; the bytes are then those of one of them.
     """
     if config.lora_rank:  # adapters are not planned for
         return None
     random = random_state()
     try:
-        return dict(predicted(config, device, placement, model_config).device)
+        return dict(predicted(config, device, placement, model_config, num_ranks).device)
     except Exception as error:
         _logger.debug("no prediction of the memory: %s", error)
         return None

@@ -161,7 +161,9 @@ class Run:
             "device": self.device,
             "clip_grad_norm": self.config.effective_clip_grad_norm,
             "plan": None if self.placement.plan is None else self.placement.plan.to_dict(),
-            "predicted_memory": predicted_by_kind(self.config, self.device, self.placement, self.model.config),
+            "predicted_memory": predicted_by_kind(
+                self.config, self.device, self.placement, self.model.config, self.ranks.size
+            ),
             "program_bytes": program_bytes(self.model, self.device),
             "versions": {"lowtide": version("lowtide"), "python": python_version(), **versions(self.device)},
             **{f"data_{name}": value for name, value in dataclasses.asdict(stats).items()},
