@@ -18,7 +18,7 @@ from .models.blocks import find_blocks, outer_modules, resolve_blocks
 from .models.chunked_loss import ChunkedLoss, HeadForward
 from .models.lora import adapted_layers, bare_model
 from .models.shards import parts_of
-from .optim.shards import is_sharded
+from .optim.shards import compute_device, is_sharded
 from .weights import HostInputs, MixedHome, by_name, place
 from .weights.layout import Part
 
@@ -41,7 +41,8 @@ class Engine(_Engine):
     def parts_of_model(self) -> list[Part]:
         """The same, tied weights once, in parts that are loaded one by one: a decoder layer each, and one for the rest.
 
-        Saving with these takes the memory of one part. They are valid until the next step.
+        Saving with these takes the memory of one part. They are valid until the next step. Of a sharded model every rank loads every
+        part, in this order, and the first one gets the tensors, the others nothing.
         """
         return parts_of(self.model, self.home.parts())
 
@@ -242,7 +243,7 @@ def _copies_needed(device: torch.device) -> bool:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    return next((param.device for param in model.parameters()), torch.device("cpu"))
+    return next((compute_device(param) for param in model.parameters()), torch.device("cpu"))
 
 
 def _only_real_moves(wanted: dict[str, str], device: torch.device | None) -> dict[str, str]:

@@ -22,11 +22,13 @@ class Ranks:
     Attributes:
         size: how many.
         rank: which one this is, from 0.
+        launch: what all processes that torchrun has started together have in common, over restarts, and no others; None without it.
     """
 
     def __init__(self, alone: bool = False) -> None:
         distributed = torch.distributed
         running = not alone and distributed.is_available() and distributed.is_initialized()
+        self.launch: str | None = None
         self.size = distributed.get_world_size() if running else 1
         self.rank = distributed.get_rank() if running else 0
         self._device = _device_of_collectives() if self.size > 1 else torch.device("cpu")

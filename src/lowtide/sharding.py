@@ -12,7 +12,7 @@ from .models.blocks import find_blocks, outer_modules, resolve_blocks
 from .models.chunked_loss import ChunkedLoss
 from .models.lora import adapted_layers
 from .optim.base import SIXTEEN_BIT
-from .weights.sharding import check_offload, make_mesh, shard_modules
+from .weights.sharding import check_mesh, check_offload, gpus_connected, make_mesh, shard_modules
 
 
 def shard(
@@ -38,7 +38,8 @@ def shard(
     Args:
         model: any module, the same on every rank; changed in place. Models that were loaded lazily get their weights here, block
             by block, and no rank ever holds all of them.
-        mesh: a ``DeviceMesh`` with one dimension, or two: copies, and rows. None for one over all processes, on GPUs if there are any.
+        mesh: a ``DeviceMesh`` over all processes with one dimension, or two: copies, and rows. None for one on GPUs if the process group
+            has a backend for them (NCCL), else on the CPU.
         ranks_per_node: without ``mesh``: spread the rows within groups of so many ranks only, each of which has a copy of the
             model, and add gradients up between the groups. For machines that are connected slowly.
         reduce_dtype: in which gradients are added up over ranks and over micro-batches. ``"auto"``: float32 where weights are
@@ -52,7 +53,8 @@ def shard(
 
     Raises:
         RuntimeError: there is no process group, or this torch is too old for ``offload``.
-        ValueError: the processes cannot be divided as wanted, or the model has adapters of peft or is sharded already.
+        ValueError: the processes cannot be divided as wanted, or the mesh leaves some out; the model has adapters of peft, is sharded
+            already, or has trained parameters of several dtypes in one block.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -63,7 +65,8 @@ def shard(
     if offload:
         check_offload()
     if mesh is None:
-        mesh = make_mesh("cuda" if torch.cuda.is_available() else "cpu", ranks_per_node)
+        mesh = make_mesh("cuda" if torch.cuda.is_available() and gpus_connected() else "cpu", ranks_per_node)
+    check_mesh(mesh)
     if reduce_dtype == "auto":
         sixteen_bit = any(param.dtype in SIXTEEN_BIT for param in model.parameters())
         reduce_dtype = torch.float32 if sixteen_bit else None

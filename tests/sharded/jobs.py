@@ -199,6 +199,13 @@ def refused(what):
         elif what == "home":
             lowtide.shard(model)
             lowtide.fuse(model, lowtide.Lomo(model.parameters()), weights="./somewhere")
+        elif what == "some processes":
+            from torch.distributed.device_mesh import DeviceMesh
+
+            lowtide.shard(model, DeviceMesh("cpu", [torch.distributed.get_rank()]))
+        elif what == "dtypes":
+            model.model.layers[1].input_layernorm.to(torch.float64)
+            lowtide.shard(model)
         elif what == "columns":
             from torch.distributed.fsdp import fully_shard
             from torch.distributed.tensor import Shard
@@ -277,3 +284,82 @@ def overflow(dtype=torch.float16):
         skipped.append(engine.step_skipped or engine.step_partial)
     engine.remove()
     return {"scales": scales, "skipped": skipped, "weights": weights(model)}
+
+
+def dtypes_of_sums(reduce_dtype):
+    """In which gradients wait behind a micro-batch that is not the last; None where they stay where autograd has put them."""
+    from lowtide.fused.sharded import UnshardedSums
+
+    found, original = [], UnshardedSums.add
+
+    def add(sums):
+        original(sums)
+        kept = [param.unsharded_accumulated_grad for param in sums._params]
+        found.extend(None if grad is None else grad.dtype for grad in kept)
+
+    UnshardedSums.add = add
+    try:
+        train(
+            "lomo",
+            dtype=torch.bfloat16,
+            num_steps=1,
+            shard={"reduce_dtype": reduce_dtype},
+            fuse={"micro_batch_size": 1},
+        )
+    finally:
+        UnshardedSums.add = original
+    return found
+
+
+def evaluate_sharded():
+    """Held-out loss of a sharded model that was never run, and of a batch without anything to count; then a step of training."""
+    from lowtide.evaluation import evaluate_loss
+    from lowtide.ranks import Ranks
+
+    ranks = Ranks()
+    model = tiny_model()
+    lowtide.shard(model)
+    nothing = {name: value.clone() for name, value in tiny_batch(0).items()}
+    nothing["labels"].fill_(-100)
+    alike = evaluate_loss(model, [tiny_batch(1), nothing]).loss
+    shared = evaluate_loss(model, [own_rows(tiny_batch(1), ranks.rank, ranks.size)], ranks).loss
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.05)
+    engine = lowtide.fuse(model, optimizer)
+    engine.backward(model(**own_rows(tiny_batch(0), ranks.rank, ranks.size)).loss)
+    optimizer.step()
+    return alike, shared
+
+
+def train_with_other_settings(settings, by_rank):
+    """Each rank has a setting of its own."""
+    rank = torch.distributed.get_rank()
+    return train_run({**settings, **by_rank[rank]})
+
+
+def stopped_late(settings, when):
+    """A signal that reaches one rank alone, at a bad moment."""
+    import signal
+    from unittest import mock
+
+    from lowtide.training.run import Run
+
+    rank = torch.distributed.get_rank()
+    original_sum, original_evaluate, count = Run.asked, Run.evaluate, [0]
+
+    def asked(run, save_is_due=False):
+        answer = original_sum(run, save_is_due)
+        if when == "after the ranks have agreed" and rank == 1 and run.report.num_steps == 2 and not count[0]:
+            count[0] = 1
+            signal.raise_signal(signal.SIGTERM)
+        return answer
+
+    def evaluate(run):
+        if when == "in the last evaluation" and rank == 1 and run.report.num_steps == run.num_steps:
+            signal.raise_signal(signal.SIGTERM)
+        return original_evaluate(run)
+
+    with mock.patch.object(Run, "asked", asked), mock.patch.object(Run, "evaluate", evaluate):
+        found = train_run(settings)
+    if when == "after the ranks have agreed" and rank == 0:
+        assert found["interrupted"]
+    return found

@@ -8,6 +8,7 @@ import torch
 
 import lowtide
 from helpers import tiny_batch, tiny_model
+from lowtide.evaluation import evaluate_loss
 from lowtide.weights import sharding
 
 NUM_BLOCKS = 3
@@ -83,11 +84,20 @@ def test_what_breaks_on_one_rank_is_left_out_by_all(pools, where, options):
         ("groups", "cannot be divided into groups of 3"),
         ("home", "live on its ranks"),
         ("columns", "only Shard(dim=0)"),
+        ("some processes", "the mesh has 1 of 2 processes"),
+        ("dtypes", "model.layers.1.input_layernorm.weight in torch.float64"),
     ],
 )
 def test_refusals(pools, what, message):
     for found in pools(2).run(jobs.refused, what):
         assert message in found
+
+
+def test_a_sharded_model_can_be_evaluated(pools):
+    model = tiny_model()
+    expected = evaluate_loss(model, [tiny_batch(1)]).loss
+    for found in pools(4).run(jobs.evaluate_sharded):
+        assert found == (pytest.approx(expected, rel=1e-6), pytest.approx(expected, rel=1e-6))
 
 
 def test_offload_is_refused_where_torch_races(monkeypatch):

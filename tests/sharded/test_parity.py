@@ -77,11 +77,8 @@ def test_rounding_does_not_depend_on_the_number_of_ranks(pools, rule, rounding):
             assert all(torch.equal(each[name], value) for name, value in found[0].items())
 
 
-def test_bfloat16_sums_of_micro_batches_are_float32(pools):
-    """Weights in bfloat16: as close to one process as its own rounding lets them be, with micro-batches and without."""
-    case = {"dtype": torch.bfloat16, "num_steps": 1}
-    alone = jobs.train("lomo", **case)
-    for size in (2, 4):
-        for micro_batch_size in (None, 1):
-            found = pools(size).run(jobs.train, "lomo", **case, fuse={"micro_batch_size": micro_batch_size})[0]
-            assert abs(found["norms"][0] / alone["norms"][0] - 1) < 5e-3, (size, micro_batch_size)
+@pytest.mark.parametrize("reduce_dtype", ["auto", None])
+def test_sums_of_micro_batches_are_in_the_reduce_dtype(pools, reduce_dtype):
+    """FSDP2 adds gradients up in the dtype of the weights, unless it is told between two micro-batches."""
+    for found in pools(2).run(jobs.dtypes_of_sums, reduce_dtype):
+        assert found == ([torch.float32] * len(found) if reduce_dtype == "auto" else [None] * len(found)) and found

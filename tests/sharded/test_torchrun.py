@@ -60,21 +60,37 @@ def test_two_machines_run_a_job_to_its_end(tmp_path, settings):
     assert all((found[name] - value).abs().max() < 1e-6 for name, value in expected.items())
 
 
-def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(tmp_path, settings):
+@pytest.mark.parametrize("num_machines", [1, 2])
+def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(tmp_path, settings, num_machines):
     wanted = settings("restarted", max_steps=200, save_every="5", lr=0.02)
-    agent = torchrun(tmp_path, "agent", ["--nproc-per-node", "2", "--max-restarts", "1"], wanted)
+    options = ["--max-restarts", "2", "--nproc-per-node", str(2 // num_machines)]
+    if num_machines == 2:
+        options += [
+            "--nnodes",
+            "2",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-id",
+            "job",
+            "--rdzv-endpoint",
+            f"127.0.0.1:{free_port()}",
+        ]
+    agents = [torchrun(tmp_path, f"agent-{number}", options, wanted) for number in range(num_machines)]
     checkpoints = tmp_path / "restarted" / "checkpoints"
     end = time.monotonic() + PATIENCE_S
+
+    def logs():
+        return [(tmp_path / f"agent-{number}.log").read_text() for number in range(num_machines)]
+
     while not (checkpoints.is_dir() and any(path.name.startswith("step-") for path in checkpoints.iterdir())):
-        assert agent.poll() is None and time.monotonic() < end, (tmp_path / "agent.log").read_text()
+        assert all(agent.poll() is None for agent in agents) and time.monotonic() < end, logs()
         time.sleep(0.02)
-    # On Linux torchrun's workers are its children; the second rank is the younger one.
-    workers = sorted(psutil.Process(agent.pid).children(), key=lambda process: process.create_time())
-    ranks = [process for process in workers if "lowtide" in " ".join(process.cmdline())]
-    os.kill(ranks[-1].pid, signal.SIGKILL)
-    code = agent.wait(PATIENCE_S)
-    log = (tmp_path / "agent.log").read_text()
-    assert code == 0, log
+    workers = [worker for agent in agents for worker in psutil.Process(agent.pid).children()]
+    (victim,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+    os.kill(victim.pid, signal.SIGKILL)
+    codes = [agent.wait(PATIENCE_S) for agent in agents]
+    log = logs()
+    assert codes == [0] * num_machines, log
     assert '"event": "resume"' in (tmp_path / "restarted" / "metrics.jsonl").read_text(), log
     whole = train(TrainConfig(**settings("whole", max_steps=200, lr=0.02)), show_progress=False)
     found, expected = weights(wanted["output"]), weights(whole.output)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from lowtide.training import read_events, train
 from lowtide.training.checkpoint import list_checkpoints
 from superglue_files import write_rte
-from tiny_files import save_tiny_model
+from tiny_files import save_tiny_model, write_task
 from tiny_run import make_config, model_dir  # noqa: F401
 
 NUM_STEPS = 6
@@ -161,3 +161,29 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nobody_waiting(pools, make, 
         assert all(each["steps"] == NUM_STEPS for each in found)
         events = read_events(tmp_path / name / "metrics.jsonl", "checkpoint")
         assert ["error" in event for event in events] == [True, False]  # of step 2, and of step 4
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "message"),
+    [
+        ([{}, {"lr": 0.03}], "lr is 0.03 here and 0.02 there"),
+        ([{}, {"data": "other"}], "of rank 1 are not those of rank 0"),
+    ],
+    ids=["settings", "data"],
+)
+def test_ranks_that_would_do_different_things_are_refused(pools, make, tmp_path, by_rank, message):
+    if "data" in by_rank[1]:
+        by_rank = [{}, {"data": [str(write_task(tmp_path / "other.jsonl", 40))]}]
+    with pytest.raises(AssertionError) as raised:
+        pools(2).run(jobs.train_with_other_settings, make("different").to_dict(), by_rank)
+    assert message in str(raised.value) and "rank 0 ends because rank 1 has failed" in str(raised.value)
+    assert not (tmp_path / "different").exists()
+
+
+@pytest.mark.parametrize("when", ["after the ranks have agreed", "in the last evaluation"])
+def test_a_signal_at_a_bad_moment_stops_all_ranks_alike(pools, make, tmp_path, when):
+    found = pools(2).run(jobs.stopped_late, make("stopped").to_dict(), when)
+    steps = {each["steps"] for each in found}
+    assert steps == ({3} if when == "after the ranks have agreed" else {NUM_STEPS})
+    assert all(each["interrupted"] for each in found)
+    assert list_checkpoints(tmp_path / "stopped" / "checkpoints")[0].name == f"step-{steps.pop():08}"

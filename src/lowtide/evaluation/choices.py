@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ChoiceItem, Record, encode_records
+from ..optim.shards import compute_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,7 +198,7 @@ def _pieces(rows: list[_Row]) -> Iterator[list[_Row]]:
 
 def _score(model: nn.Module, piece: list[_Row], pad: int) -> Iterator[tuple[int, float, int]]:
     """(choice, summed log-likelihood, number of tokens) of every choice in a piece."""
-    device = next(model.parameters()).device
+    device = compute_device(next(model.parameters()))
     length = max(len(row.input_ids) for row in piece)
     input_ids = torch.full((len(piece), length), pad)
     attention_mask = torch.zeros_like(input_ids)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.chunked_loss import ChunkedLoss
+from ..optim.shards import compute_device, is_sharded
 from ..ranks import ALONE, Ranks
 
 IGNORED = -100
@@ -50,21 +51,23 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], ran
         batches: dictionaries with ``labels``, int64 [B, S], unshifted (the token at position s is predicted at s - 1),
             -100 where nothing is counted, and the model's inputs, whose first dimension is B. They are moved to the
             device of the model's parameters.
-        ranks: of a sharded model: each calls this with as many batches, its own, and the score is that of all of them.
+        ranks: of a sharded model: each calls this with as many batches, its own, and the score is that of all of them. Without it
+            every rank must have the same batches.
 
     Raises:
         ValueError: no token is counted in all the batches.
     """
-    device = next(model.parameters()).device
+    device = compute_device(next(model.parameters()))
+    sharded = any(is_sharded(param) for param in model.parameters())
     chunked = ChunkedLoss.of(model)
     was_training = model.training
     total, num_tokens = 0.0, 0
     model.eval()
     try:
-        with torch.no_grad(), _summed(model, chunked, ranks) as summed:
+        with torch.no_grad(), _summed(model, chunked, sharded) as summed:
             for batch in batches:
                 count = int((batch["labels"][:, 1:] != IGNORED).sum())
-                if count or ranks.size > 1:  # the others may have something to count, and need this rank's weights
+                if count or sharded:  # other ranks may have something to count, and need this rank's weights
                     total += summed({name: value.to(device) for name, value in batch.items()})
                     num_tokens += count
     finally:
@@ -85,13 +88,13 @@ def _exp(value: float) -> float:
 
 @contextmanager
 def _summed(
-    model: nn.Module, chunked: ChunkedLoss | None, ranks: Ranks
+    model: nn.Module, chunked: ChunkedLoss | None, sharded: bool
 ) -> Iterator[Callable[[dict[str, Tensor]], float]]:
     """What gives the summed loss of a batch."""
     if chunked is None:
-        yield partial(_plain_sum, model, in_pieces=ranks.size == 1)  # ranks must run as many
+        yield partial(_plain_sum, model, in_pieces=not sharded)  # ranks must run as many
         return
-    with nullcontext(chunked) if ranks.size == 1 else chunked.through_model() as loss:
+    with chunked.through_model() if sharded else nullcontext(chunked) as loss:
         # transformers divides the sum of the losses by this number of items; 1 leaves the sum
         yield lambda batch: float(loss(num_items_in_batch=1, **batch).loss)
 

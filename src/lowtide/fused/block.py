@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..optim.shards import is_sharded
+from ..optim.shards import compute_device, is_sharded
 from .call import Call
 from .matmul16 import fast_matmuls
 from .replay import keep_random_state
@@ -80,7 +80,8 @@ class BlockRunner:
                     "cut instead of the batch: use batch_first=True, or micro_batch_size=None"
                 )
         self.block, self.engine, self.home, self.micro_batch_size = block, engine, home, micro_batch_size
-        self.weight = next((param for param in block.parameters() if param.dim() >= 2), None)
+        weight = next((param for param in block.parameters() if param.dim() >= 2), None)
+        self.weight = None if weight is None or compute_device(weight) != weight.device else weight
         sharded = any(is_sharded(param) for param in block.parameters())
         self.sums = UnshardedSums(block) if sharded and micro_batch_size is not None else None
         self.slots: list[Slot] = []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..log import get_logger
+from ..optim.shards import is_sharded
 from ..ranks import ALONE, Ranks
 from .lora import bare_model
 from .loss import IGNORE_INDEX, linear_cross_entropy
@@ -64,6 +65,11 @@ class ChunkedLoss:
             known = model.__dict__[_LOOKED_AT]
             return None if known is None else cls(model, known.scale, known.softcap)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if any(is_sharded(param) for param in model.parameters()):
+            _logger.warning(
+                "the model was not sharded by lowtide.shard: its own loss is used, which is the mean over one rank's tokens"
+            )
+            return None
         base = getattr(model, "base_model", model)
         config = getattr(model, "config", None)
         if not isinstance(head, nn.Linear) or base is model or config is None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..weights.cloning import can_clone
 from ..weights.layout import Part
 from ..weights.safetensors_file import Entry, clone_file, read_pieces, write_file
-from ..weights.sharding import whole_tensor
+from ..weights.sharding import for_the_first
 from .blocks import find_blocks
 from .lora import base_names
 
@@ -88,7 +88,8 @@ def parts_of(model: torch.nn.Module, known: Sequence[Part] = ()) -> list[Part]:
 def _own(model: torch.nn.Module, names: tuple[str, ...]) -> Part:
     def load() -> dict[str, Tensor]:
         state = _state(model)
-        return {name: whole_tensor(state[name]) for name in names}
+        found = {name: for_the_first(state[name]) for name in names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     return Part(names, load)
 

@@ -28,6 +28,14 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def compute_device(param: Tensor) -> torch.device:
+    """Where a parameter is computed with, which is not where it lives if its rows wait in host memory."""
+    if not is_sharded(param) or param.device_mesh.device_type == param.device.type:  # type: ignore[attr-defined]
+        return param.device
+    kind: str = param.device_mesh.device_type  # type: ignore[attr-defined]
+    return torch.device(kind, torch.accelerator.current_device_index())
+
+
 def set_values(tensor: Tensor, local: Tensor) -> None:
     """Put other values in the place of this rank's rows, or of an ordinary tensor's values."""
     if is_sharded(tensor):

@@ -118,8 +118,10 @@ def in_file_order(optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(sorted(optimizer.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
-def read_unchecked(path: Path) -> Checkpoint:
-    """One that another rank has checked."""
+def read_unchecked(path: Path) -> Checkpoint | None:
+    """One that another rank has checked; None if it is not seen from here."""
+    if not (path / _TRAINING / _STATE).is_file():
+        return None
     return Checkpoint(path, json.loads((path / _TRAINING / _STATE).read_text(encoding="utf-8")))
 
 

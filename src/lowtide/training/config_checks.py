@@ -200,6 +200,12 @@ def check_for_ranks(config: TrainConfig, num_ranks: int) -> None:
             f"weights must be device, or cpu for host memory, where {num_ranks} processes share a model, got {config.weights!r}: a disk "
             "home needs one process"
         )
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda where every process has its own GPU, got {config.device!r}")
+    if config.ranks_per_node is not None and num_ranks % config.ranks_per_node:
+        raise ValueError(
+            f"{num_ranks} processes cannot be divided into groups of ranks_per_node {config.ranks_per_node}"
+        )
     if config.samples:
         raise ValueError(f"samples need one process, and {num_ranks} take part: leave them out")
     if config.lora_rank:

@@ -41,6 +41,6 @@ class StopAfterStep:
         self._previous = {}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.signal_number is not None:  # not only asked by another process of the run
             raise KeyboardInterrupt
         self.requested, self.signal_number = True, number

@@ -48,8 +48,13 @@ def clean_up(config: TrainConfig, output: Path) -> None:
             make_way(directory)
 
 
-def find_checkpoint(config: TrainConfig, output: Path) -> Checkpoint | None:
+def find_checkpoint(config: TrainConfig, output: Path, *, ours: bool = False) -> Checkpoint | None:
     """The checkpoint that the settings ask for, checked; None to begin anew.
+
+    Args:
+        config: the settings.
+        output: of the run.
+        ours: the run in the output directory is this one, which was started again.
 
     Raises:
         FileNotFoundError: there is none.
@@ -59,7 +64,8 @@ def find_checkpoint(config: TrainConfig, output: Path) -> Checkpoint | None:
         assert config.resume is not None
         found: Checkpoint | None = read_checkpoint(Path(config.resume).expanduser())
         assert found is not None
-        if found.path.resolve().parent != (output / FOLDER).resolve() and (output / "config.yaml").exists():
+        elsewhere = found.path.resolve().parent != (output / FOLDER).resolve()
+        if elsewhere and not ours and (output / "config.yaml").exists():
             raise FileExistsError(
                 f"{found.path} is a checkpoint of another run than the one in {output}: name a new output directory for it"
             )

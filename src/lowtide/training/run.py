@@ -25,6 +25,7 @@ from ..models.lora import require_peft
 from ..planning import computes_bfloat16
 from ..ranks import ALONE, Ranks
 from ..sharding import shard
+from ..weights.sharding import make_mesh
 from .adapters import make_adapters, make_optimizers, optimizer_state_bytes
 from .checkpoint import Checkpoint
 from .config import TrainConfig
@@ -36,7 +37,7 @@ from .report import Reporter, count_tokens, program_bytes
 from .resume import versions
 from .schedule import make_schedule
 from .setup import check_disk, count_steps, resolve_device
-from .together import on_all, on_first, one_after_another, own_rows, random_seed
+from .together import on_all, on_first, one_after_another, own_rows, random_seed, same_everywhere
 from .trackers import require_trackers
 
 if TYPE_CHECKING:
@@ -105,12 +106,12 @@ class Run:
             return self.ranks.sum([value])[0] / self.ranks.size
         return value
 
-    def asked(self, save_is_due: bool) -> tuple[bool, bool]:
-        """After a step: (to stop, to save); what any rank was told, and what the first rank's clock says."""
+    def asked(self, save_is_due: bool = False) -> tuple[bool, bool]:
+        """(To stop, to save): what any rank was told, and what the first rank's clock says. All ranks call this and get the same."""
         if self.ranks.size == 1:
             return self.stop.requested, save_is_due
         stop, save = self.ranks.sum([float(self.stop.requested), float(save_is_due and self.ranks.is_first)])
-        self.stop.requested = stop > 0
+        self.stop.requested |= stop > 0  # a signal that came meanwhile counts, after the next step
         return stop > 0, save > 0
 
     def close_step(self) -> None:
@@ -234,7 +235,7 @@ def prepare(
     state = optimizer_state_bytes(config, model, adapters)
     on_first(ranks, lambda: check_disk(output, model, placement.directory, config.num_checkpoints_at_once, state))
     if sharded:
-        _shard(config, model)
+        _shard(config, model, device)
     if dtype == torch.bfloat16 and not computes_bfloat16(device):
         _logger.warning(
             "this processor has no instructions for bfloat16: products are computed in float32 and rounded, so steps take longer "
@@ -255,6 +256,8 @@ def prepare(
         block_inputs=placement.block_inputs,
     )
     num_steps = count_steps(config, len(data.train))
+    if sharded:
+        same_everywhere(ranks, "data and steps", {"data": data.train.fingerprint, "steps": num_steps})
     schedule = make_schedule(config.schedule, num_steps, config.warmup_ratio)
     return Run(
         config=config,
@@ -274,7 +277,7 @@ def prepare(
     )
 
 
-def _shard(config: TrainConfig, model: PreTrainedModel) -> None:
+def _shard(config: TrainConfig, model: PreTrainedModel, device: str) -> None:
     """Spread the weights over all ranks.
 
     Raises:
@@ -282,7 +285,7 @@ def _shard(config: TrainConfig, model: PreTrainedModel) -> None:
     """
     shard(
         model,
-        ranks_per_node=config.ranks_per_node,
+        make_mesh("cuda" if device.startswith("cuda") else "cpu", config.ranks_per_node),
         reduce_dtype="auto" if config.reduce_dtype == "float32" else None,
         offload=config.weights == "cpu",
     )

@@ -16,6 +16,7 @@ from ..weights.working_copy import MARKER
 from .checkpoint import FOLDER, list_checkpoints
 from .config import TrainConfig
 
+LAUNCH = ".launch"  # file in the output directory: which launch of torchrun its run belongs to
 _OWN_CACHE = "_lowtide_own_use_cache"  # attribute of a model whose cache is switched off
 
 
@@ -52,7 +53,7 @@ def check_output(output: str | Path, *, resumed: bool = False) -> Path:
 
 def _is_leftover(path: Path) -> bool:
     """Of a run that was killed before it began."""
-    return path.name == ".config.yaml.tmp" or (
+    return path.name in (".config.yaml.tmp", LAUNCH) or (
         path.name == "weights" and ((path / MARKER).is_file() or not any(path.iterdir()))
     )
 

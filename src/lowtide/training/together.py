@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +26,7 @@ from ..ranks import ALONE, Ranks
 from ..weights.layout import Part
 from ..weights.sharding import whole_tensor
 from .config import TrainConfig
+from .setup import LAUNCH
 
 T = TypeVar("T")
 
@@ -54,11 +59,17 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         return
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(
+                f"{number + 1} or more processes were started on a machine with {count} GPUs: lower --nproc-per-node"
+            )
+        torch.cuda.set_device(number)
     timeout = datetime.timedelta(seconds=config.rank_timeout_seconds)
     try:
-        _connect("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout)
+        launch = _connect("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout)
         ranks = Ranks()
+        ranks.launch = launch
         yield ranks
     except RuntimeError as error:
         if _is_lost(error):
@@ -73,13 +84,37 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
             torch.distributed.destroy_process_group()
 
 
-def _connect(backend: str, timeout: datetime.timedelta) -> None:
+def _connect(backend: str, timeout: datetime.timedelta) -> str:
+    """Make the process group; returns what all processes of this launch have in common, over restarts, and no other launch."""
     store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # On one machine torchrun keeps its store over a restart, with the addresses of processes that are gone.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = torch.distributed.PrefixStore(f"lowtide/{attempt}", store)
+    launch = store.compare_set("lowtide/launch", "", uuid.uuid4().hex).decode()
+    store = torch.distributed.PrefixStore(_meet(store, rank, size, timeout), store)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    return launch
+
+
+def _meet(store: Any, rank: int, size: int, timeout: datetime.timedelta) -> str:
+    """A prefix for the keys of this attempt, on which all processes that are alive agree.
+
+    torchrun keeps its store over a restart, with the addresses of processes that are gone, and its agents do not count restarts alike. So
+    every process has a name of its own; the first waits for the others under its name, and each waits until it finds itself among
+    those that the first has met.
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store.set("lowtide/attempt", own)
+        keys = [f"lowtide/{own}/{other}" for other in range(1, size)]
+        store.wait(keys, timeout)
+        store.set(f"lowtide/{own}/all", " ".join(store.get(key).decode() for key in keys))
+        return f"lowtide/{own}"
+    while time.monotonic() < end:
+        attempt = store.get("lowtide/attempt").decode()  # perhaps that of an earlier one
+        store.set(f"lowtide/{attempt}/{rank}", own)
+        everybody = f"lowtide/{attempt}/all"
+        if store.check([everybody]) and own in store.get(everybody).decode():
+            return f"lowtide/{attempt}"
+        time.sleep(0.05)
+    raise RuntimeError("timed out: the first process did not come")
 
 
 def _is_lost(error: RuntimeError) -> bool:
@@ -96,6 +131,20 @@ def _is_lost(error: RuntimeError) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def note_launch(output: Path, ranks: Ranks) -> None:
+    """Have the run in this directory known as that of this launch."""
+    if ranks.launch is not None:
+        (output / LAUNCH).write_text(ranks.launch)
+
+
+def started_again(output: Path, ranks: Ranks) -> bool:
+    """torchrun has started the processes of the run in this directory again, after one of them had died."""
+    try:
+        return ranks.launch is not None and (output / LAUNCH).read_text() == ranks.launch
+    except OSError:
+        return False
 
 
 def agree(ranks: Ranks, error: BaseException | None) -> None:
@@ -138,6 +187,37 @@ def on_all(ranks: Ranks, function: Callable[[], T]) -> T:
 def on_first(ranks: Ranks, function: Callable[[], T]) -> T | None:
     """Call it on the first rank alone; the others wait for it, and get None."""
     return on_all(ranks, lambda: function() if ranks.is_first else None)
+
+
+def same_everywhere(ranks: Ranks, what: str, value: Any) -> None:
+    """See that all ranks are about to do the same.
+
+    Args:
+        ranks: all of them call this.
+        what: it is, for the message.
+        value: as JSON can hold it.
+
+    Raises:
+        ValueError: the first rank has another one.
+        OtherRankError: another rank has.
+    """
+    if ranks.size == 1:
+        return
+    own = json.loads(json.dumps(value))
+    first = ranks.broadcast(value)
+
+    def compare() -> None:
+        if own == first:
+            return
+        differing = ""
+        if isinstance(own, dict) and isinstance(first, dict):
+            names = sorted(name for name in own.keys() | first.keys() if own.get(name) != first.get(name))
+            differing = ": " + ", ".join(
+                f"{name} is {own.get(name)!r} here and {first.get(name)!r} there" for name in names
+            )
+        raise ValueError(f"{what} of rank {ranks.rank} are not those of rank 0{differing}. All processes need the same")
+
+    on_all(ranks, compare)
 
 
 def one_after_another(ranks: Ranks, function: Callable[[], T]) -> T:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -34,7 +34,7 @@ from ..ranks import Ranks
 from ..weights.direct_io import flush_directory
 from .adapters import save_trained
 from .bad_steps import MAX_ROLLBACKS, RollBack, SpikeGuard, TooManyBadStepsError, too_many
-from .checkpoint import FOLDER, Checkpoint, newest_checkpoint, read_unchecked, set_aside
+from .checkpoint import FOLDER, Checkpoint, list_checkpoints, newest_checkpoint, read_unchecked, set_aside
 from .config import ABOUT_RESUMING, TrainConfig
 from .config_checks import check_for_ranks
 from .events import EventLog, Listener, read_events
@@ -54,10 +54,11 @@ from .run import Run, prepare
 from .samples import take_samples
 from .saver import Saver
 from .setup import check_output, without_cache
-from .together import joined, on_first
+from .together import joined, note_launch, on_all, on_first, same_everywhere, started_again
 from .trackers import Trackers
 
 _logger = get_logger(__name__)
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +117,14 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
             has failed (``RankLostError``, ``OtherRankError``).
     """
     config.validate()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.resume is None:
-        config = dataclasses.replace(config, resume="auto")  # torchrun has started all processes again
     with joined(config) as ranks, ExitStack() as stack:
         check_for_ranks(config, ranks.size)
+        shared = {
+            name: value for name, value in config.to_dict().items() if name != "data_cache"
+        }  # each machine may have its own
+        same_everywhere(ranks, "settings", shared)
         output = Path(config.output).expanduser()
-        log, checkpoint, finished = _begin(config, output, ranks, stack)
+        config, log, checkpoint, finished = _begin(config, output, ranks, stack)
         if finished is not None:
             return finished
         listener = on_event if ranks.is_first else None
@@ -143,10 +146,14 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
 
 def _begin(
     config: TrainConfig, output: Path, ranks: Ranks, stack: ExitStack
-) -> tuple[EventLog | None, Checkpoint | None, TrainResult | None]:
-    """(the log of a run that is resumed, the checkpoint to go on from, what came of a run that is at its end)."""
+) -> tuple[TrainConfig, EventLog | None, Checkpoint | None, TrainResult | None]:
+    """(settings, the log of a run that is resumed, the checkpoint to go on from, what came of a run that is at its end)."""
     log: EventLog | None = None
     finished: TrainResult | None = None
+    again = on_first(ranks, lambda: started_again(output, ranks))
+    again = bool(ranks.broadcast(again))
+    if again and (config.resume is None or ranks.broadcast(bool(list_checkpoints(output / FOLDER)))):
+        config = dataclasses.replace(config, resume="auto")
 
     def look() -> Checkpoint | None:
         nonlocal log, finished
@@ -158,15 +165,15 @@ def _begin(
             log = stack.enter_context(EventLog(output / "metrics.jsonl", existing=True))
         clean_up(config, output)
         finished = _finished(config, output)
-        checkpoint = None if finished else find_checkpoint(config, output)
+        checkpoint = None if finished else find_checkpoint(config, output, ours=again)
         if checkpoint is not None:
             check_settings(config, checkpoint)
         return checkpoint
 
     checkpoint = _same(ranks, look)
-    if ranks.any(finished is not None):
-        finished = finished or _finished(config, output)
-    return log, checkpoint, finished
+    if ranks.broadcast(finished is not None):
+        finished = on_all(ranks, lambda: finished or _seen_by_all(_finished(config, output), output))
+    return config, log, checkpoint, finished
 
 
 def _same(ranks: Ranks, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
@@ -175,7 +182,17 @@ def _same(ranks: Ranks, find: Callable[[], Checkpoint | None]) -> Checkpoint | N
     if ranks.size == 1:
         return found
     path = ranks.broadcast(None if found is None else str(found.path))
-    return found or (None if path is None else read_unchecked(Path(path)))
+    if path is None:
+        return None
+    return on_all(ranks, lambda: found or _seen_by_all(read_unchecked(Path(path)), Path(path)))
+
+
+def _seen_by_all(found: T | None, path: Path) -> T:
+    if found is None:
+        raise FileNotFoundError(
+            f"{path} is not the same for all processes: it must be on a file system that all machines see"
+        )
+    return found
 
 
 def _before(asked: RollBack, output: Path) -> Checkpoint | None:
@@ -221,6 +238,7 @@ def _run(
             for saved in (output / "model", output / ADAPTER_FOLDER):
                 if saved.exists():  # of this run, before it was continued with more steps
                     set_aside(saved)
+            note_launch(output, ranks)
             _write_settings(config, output)
             opened = log or EventLog(output / "metrics.jsonl", existing=config.resume is not None)
             stack.callback(opened.close)
@@ -239,8 +257,8 @@ def _run(
         log = on_first(ranks, make_ready)
         saver = Saver(run, output, log, guard)
         stack.enter_context(run.stop)
-        before, after = _evaluate_train_evaluate(run, saver, checkpoint)
-        model_dir = saver.save(interrupted=True) if run.stop.requested else save_trained(run, output)
+        before, after, stopped = _evaluate_train_evaluate(run, saver, checkpoint)
+        model_dir = saver.save(interrupted=True) if stopped else save_trained(run, output)
         result = TrainResult(
             num_steps=run.report.num_steps,
             num_skipped=run.report.num_skipped,
@@ -250,7 +268,7 @@ def _run(
             output=output,
             model_dir=model_dir,
             wall_s=run.report.seconds(),
-            interrupted=run.stop.requested,
+            interrupted=stopped,
             signal_number=run.stop.signal_number,
         )
         run.report.end(result)
@@ -259,8 +277,8 @@ def _run(
 
 def _evaluate_train_evaluate(
     run: Run, saver: Saver, checkpoint: Checkpoint | None
-) -> tuple[LossResult | None, LossResult | None]:
-    """Both scores; the second is None if the run was interrupted."""
+) -> tuple[LossResult | None, LossResult | None, bool]:
+    """(both scores, of which the second is None if the run was interrupted in its steps; whether it was interrupted)."""
     if run.ranks.is_first:
         run.report.config(**run.facts())
     with without_cache(run.model):
@@ -273,11 +291,11 @@ def _evaluate_train_evaluate(
             if checkpoint.state["owes_evaluation"]:
                 run.evaluate()
         _run_steps(run, saver)
-        if run.stop.requested:
-            return saver.loss_before, None
+        if run.asked()[0]:
+            return saver.loss_before, None, True
         loss_after = run.evaluate()
         take_samples(run)
-        return saver.loss_before, loss_after
+        return saver.loss_before, loss_after, run.asked()[0]
 
 
 def _run_steps(run: Run, saver: Saver) -> None:

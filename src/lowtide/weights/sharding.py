@@ -7,7 +7,7 @@ number of micro-batches. This is ZeRO-3 (Rajbhandari et al., arXiv 1910.02054), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,9 @@ def shard_modules(
                 param.data = source(names.pop(id(param))).to(param.dtype)
 
     inside = {id(param) for unit in units for module in unit for param in module.parameters()}
+    for unit in units:
+        _check_dtypes(names, [param for module in unit for param in module.parameters()])
+    _check_dtypes(names, [param for param in model.parameters() if id(param) not in inside])
     load([param for param in model.parameters() if id(param) not in inside])
     outer = [unit for unit in units if any(isinstance(module, nn.Embedding | nn.Linear) for module in unit)]
     load([param for unit in outer for module in unit for param in module.parameters()])
@@ -89,6 +92,34 @@ def _spare_host_memory(model: nn.Module) -> None:
         use_slices(sharded)
     if (trim := malloc_trim()) is not None:
         trim(0)  # what loading has left behind
+
+
+def gpus_connected() -> bool:
+    """The default process group has a backend for GPUs."""
+    distributed = torch.distributed
+    return distributed.is_initialized() and "nccl" in str(distributed.get_backend_config())
+
+
+def check_mesh(mesh: Any) -> None:
+    """
+    Raises:
+        ValueError: it does not have all processes: losses and norms are those of all.
+    """
+    if (size := torch.distributed.get_world_size()) != mesh.size():
+        raise ValueError(f"the mesh has {mesh.size()} of {size} processes: give one over all of them, or none")
+
+
+def _check_dtypes(names: Mapping[int, str], params: Sequence[nn.Parameter]) -> None:
+    """
+    Raises:
+        ValueError: those that are trained have several dtypes, which cannot be sent together.
+    """
+    trained = {param.dtype: names[id(param)] for param in params if param.requires_grad}
+    if len(trained) > 1:
+        found = " and ".join(f"{name} in {dtype}" for dtype, name in trained.items())
+        raise ValueError(
+            f"parameters that are gathered together must have one dtype, and there are {found}: convert the model first"
+        )
 
 
 def check_offload() -> None:
@@ -144,3 +175,11 @@ def whole_tensor(tensor: Tensor) -> Tensor:
         as_other = like_param(tensor, local_part(tensor).view(torch.bfloat16), tensor.shape)
         return as_other.full_tensor().view(torch.int16)  # type: ignore[attr-defined]
     return tensor.full_tensor()  # type: ignore[attr-defined]
+
+
+def for_the_first(tensor: Tensor) -> Tensor | None:
+    """The same, in host memory of the first rank; None on the others, which keep nothing of it."""
+    if not is_sharded(tensor):
+        return tensor
+    found = whole_tensor(tensor)
+    return found.cpu() if torch.distributed.get_rank() == 0 else None
