@@ -31,6 +31,7 @@ PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md
 NOT_RUN = {
     "make demo": "trains a model of 135M parameters for minutes; `lowtide demo` below is the same with a tiny one",
     "make test": "is what runs this",
+    ". .venv/bin/activate": "is for a shell that stays",
     "pip install .": "installs; tests/test_packaging.py builds what it installs",
     "git clone": "needs a network",
     "#!/bin/bash": "the head of a script for SLURM",

@@ -70,7 +70,7 @@ def test_without_resume_a_run_is_not_overwritten_and_the_way_on_is_named(lowtide
     ]
     assert lowtide("train", *arguments).code == 0
     result = lowtide("train", *arguments)
-    assert result.code == 2 and "or go on with the run that is in it with resume latest" in result.err[0]
+    assert result.code == 2 and "or go on with the run that is in it with --resume" in result.err[0]
 
 
 def test_another_setting_is_one_clear_line(lowtide, model_dir, task, tmp_path):
@@ -81,7 +81,7 @@ def test_another_setting_is_one_clear_line(lowtide, model_dir, task, tmp_path):
         "train", *arguments, *flags(**{**SETTINGS, "max-steps": 3, "save-every": 2, "lr": 0.01}), "--resume"
     )
     assert result.code == 2 and len(result.err) == 1
-    assert "lr was 0.05 and is 0.01; set them back, or allow the change with allow_changes" in result.err[0]
+    assert "lr was 0.05 and is 0.01; set them back, or allow the change with --allow-changes" in result.err[0]
 
 
 def test_a_number_in_the_config_file_is_steps(lowtide, model_dir, task, tmp_path):

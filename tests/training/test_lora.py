@@ -205,7 +205,7 @@ def test_adapters_of_another_shape_cannot_go_on(changes, message, make_config):
     with pytest.raises(ValueError, match=message):
         run(TrainConfig(**other))
     changed = {"lora_alpha": 8, "lora_dropout": 0.1, "lora_lr": 1e-3}
-    with pytest.raises(ValueError, match=r"lora_alpha was 16 and is 8, .*allow the change with allow_changes"):
+    with pytest.raises(ValueError, match=r"lora_alpha was 16 and is 8, .*allow the change with --allow-changes"):
         run(TrainConfig(**{**config.to_dict(), "resume": "latest", **changed}))
 
 

@@ -37,6 +37,7 @@ def test_plain_lines_where_there_is_no_terminal():
     lines = shown(5).splitlines()
     assert lines == [
         "step 0: held-out loss 2.0000, perplexity 7.39 (100 tokens)",
+        "step 1/5  loss 3.0000  lr 1.00e-03  grad norm 0.5  64 tokens/s  3.00 GiB  8 s left",  # a sign of life
         "step 2/5  loss 1.5000  lr 1.00e-03  64 tokens/s  3.00 GiB  6 s left",
         "step 4/5  loss 0.7500  lr 1.00e-03  64 tokens/s  3.00 GiB  2 s left",
         "step 5/5  loss 0.6000  lr 1.00e-03  grad norm 0.5  64 tokens/s  3.00 GiB  0 s left",

@@ -239,7 +239,7 @@ def test_damage_is_named(damage, make):
 
 
 def test_auto_begins_anew_and_latest_does_not(make):
-    with pytest.raises(FileNotFoundError, match="no checkpoint in .*resume auto would begin anew"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*where the run was begun.*--resume auto"):
         run(make("out", resume="latest"))
     assert run(make("out", resume="auto")).num_steps == NUM_STEPS
 

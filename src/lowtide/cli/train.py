@@ -108,8 +108,9 @@ def describe_plan(config: TrainConfig, event: Event) -> str:
     tokens = format_count(config.batch_size * config.max_seq_len)
     return "\n".join(
         (
-            f"{_what(config, event)} of {config.model} in {config.dtype} on {event['device']}.",
-            f"{_count(steps, 'step')} ({epochs:.2g} epochs) of {_count(config.batch_size, 'sequence')}, at most {tokens} tokens a step, "
+            f"{_what(config, event)} of {config.model} in {config.dtype} on {event['device']}{_ranks(event)}.",
+            f"{_count(steps, 'step')} ({epochs:.2g} epochs) of {_count(config.batch_size, 'sequence')}{_too_many(config, event)}, at most "
+            f"{tokens} tokens a step, "
             f"{how}.",
             f"Data: {_count(event['data_num_records'], 'record')}, {format_count(event['data_num_tokens'])} tokens"
             f"{_losses(event)}.",
@@ -117,6 +118,16 @@ def describe_plan(config: TrainConfig, event: Event) -> str:
             f"Optimizer: {_optimizers(config, event)}, {config.schedule} schedule.",
         )
     )
+
+
+def _too_many(config: TrainConfig, event: Event) -> str:
+    """A batch that the data does not fill."""
+    records = event["data_num_records"]
+    return f" (there are {records} records)" if config.batch_size > records else ""
+
+
+def _ranks(event: Event) -> str:
+    return f", {event['num_ranks']} processes" if event.get("num_ranks", 1) > 1 else ""
 
 
 def describe_dry_run(found: DryRun) -> str:

@@ -168,12 +168,25 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         (source / file).is_file()
         for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     ):
+        _refuse_other_directories(source)
         raise FileNotFoundError(
             f"model directory {source} has no tokenizer (tokenizer.json, or tokenizer.model); copy it there from the "
             "model it was made from"
         )
     with clear_errors(name, source, "tokenizer"):
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+
+
+def _refuse_other_directories(directory: Path) -> None:
+    """
+    Raises:
+        FileNotFoundError: it is no model's.
+    """
+    if (directory / "config.json").is_file():
+        return
+    inside = next((name for name in ("model", "training/model") if (directory / name / "config.json").is_file()), None)
+    hint = f"; did you mean {directory / inside}?" if inside else ": give one that transformers has saved"
+    raise FileNotFoundError(f"{directory.absolute()} is not the directory of a model, it has no config.json{hint}")
 
 
 def _is_gguf(name: str) -> bool:

@@ -5,7 +5,7 @@ Every event has ``event``, ``step`` (steps taken so far) and ``time`` (seconds s
     config  config (all fields), num_parameters, num_adapter_parameters (0 without LoRA), num_steps, steps_per_epoch, lr,
             device, data_* (counts of the data), clip_grad_norm (the limit in force; None for none), predicted_memory (bytes by kind on the
             device, in memory on a CPU, of the largest step, by the planner; None where it does not know), program_bytes (what the process
-            held besides weights before the first step; 0 on a GPU, whose memory the program is not in), versions
+            held besides weights before the first step; 0 on a GPU, whose memory the program is not in), num_ranks (processes), versions
     train   loss (of the batch, before its update), lr, lora_lr (of the adapters, if the model's weights are trained, too), grad_norm (None where unknown), num_tokens, tokens_per_s,
             memory_bytes, peak_memory_bytes (the most so far, loading included), epoch, skipped (True: loss or gradient was not finite and nothing was updated), partial (True:
             the same, found when some parameters had been updated), loss_scale (None where the loss is not scaled),

@@ -6,6 +6,7 @@ ahead of the others.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -20,11 +21,13 @@ class StopAfterStep:
     Attributes:
         requested: it was asked to stop.
         signal_number: by this signal; None before.
+        notice: said on standard error at once when it is asked, if there is one.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.signal_number: int | None = None
+        self.notice: str | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -44,3 +47,5 @@ class StopAfterStep:
         if self.signal_number is not None:  # not only asked by another process of the run
             raise KeyboardInterrupt
         self.requested, self.signal_number = True, number
+        if self.notice is not None:
+            os.write(2, f"\n{self.notice}\n".encode())  # nothing else is safe in a signal handler

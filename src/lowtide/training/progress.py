@@ -14,6 +14,7 @@ from .events import Event
 
 # Weight of the newest step in the running mean of the speed; about the last ten steps count.
 _NEWEST = 0.2
+_SILENCE_S = 30.0  # between two lines, at most, where steps take less
 # Columns that the bar with the long line needs.
 _WIDE = 125
 
@@ -23,7 +24,7 @@ class ConsoleProgress:
 
     Args:
         console: where to write; default: standard output.
-        log_every: steps between two lines where the console is not a terminal.
+        log_every: steps between two lines where the console is not a terminal; fewer if they take long.
     """
 
     def __init__(self, console: Console | None = None, log_every: int = 10) -> None:
@@ -32,6 +33,7 @@ class ConsoleProgress:
         self._num_steps = 0
         self._tokens_per_s = 0.0
         self._first: tuple[int, float] | None = None  # step and time of the first one seen
+        self._last_line_s = 0.0  # time of the step that was shown last where there is no terminal
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -83,7 +85,13 @@ class ConsoleProgress:
         self._tokens_per_s += (rate - self._tokens_per_s) * (_NEWEST if self._tokens_per_s else 1)
         if self.console.is_terminal:
             self._advance(event)
-        elif event["step"] % self.log_every == 0 or event["step"] == self._num_steps:
+        elif (
+            event["step"] % self.log_every == 0
+            or event["step"] == self._num_steps
+            or self._first is None  # a sign of life
+            or event["time"] - self._last_line_s >= _SILENCE_S
+        ):
+            self._last_line_s = event["time"]
             self._say(self._line(event))
         if self._first is None:
             self._first = (event["step"], event["time"])

@@ -78,7 +78,8 @@ def find_checkpoint(config: TrainConfig, output: Path, *, ours: bool = False) ->
         )
     if found is None and config.resume == "latest":
         raise FileNotFoundError(
-            f"there is no checkpoint in {output / FOLDER} to resume from; resume auto would begin anew"
+            f"there is no checkpoint in {(output / FOLDER).absolute()} to resume from. Paths in a config file are relative to where the command "
+            "is typed: type it where the run was begun. Or begin anew, with --resume auto"
         )
     if found is None:
         _check_beginning(config, output)
@@ -121,7 +122,7 @@ def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
     refused = [text for name, text in changed.items() if name in _NEVER_CHANGED or not config.allow_changes]
     if refused:
         final = all(name in _NEVER_CHANGED for name in changed)
-        hint = "" if final else "; set them back, or allow the change with allow_changes"
+        hint = "" if final else "; set them back, or allow the change with --allow-changes"
         raise ValueError(
             f"{checkpoint.path} was written with other settings, and the run would not be the same: {', '.join(refused)}{hint}"
         )
@@ -187,7 +188,7 @@ def restore(run: Run, checkpoint: Checkpoint, skip_to_batch: int | None = None) 
     if state["data"]["fingerprint"] != fingerprint and not run.config.allow_changes:
         raise ValueError(
             f"the training data is not what {checkpoint.path} was written with (another content, order or tokenizer), so the run "
-            "would not be the same; restore the data, or allow the change with allow_changes"
+            "would not be the same; restore the data, or allow the change with --allow-changes"
         )
     _load_optimizers(run, checkpoint)
     run.engine.load_state_dict(state["engine"])

@@ -160,6 +160,7 @@ class Run:
             "steps_per_epoch": len(self.data.train),
             "lr": self.config.effective_lr,
             "device": self.device,
+            "num_ranks": self.ranks.size,
             "clip_grad_norm": self.config.effective_clip_grad_norm,
             "plan": None if self.placement.plan is None else self.placement.plan.to_dict(),
             "predicted_memory": predicted_by_kind(

@@ -67,7 +67,7 @@ class Saver:
         except OSError as error:
             self._last_time = time.monotonic()
             if self.run.config.on_save_error == "stop":
-                further = "free some room and go on with resume latest" if self.newest() else "free some room"
+                further = "free some room and go on with --resume" if self.newest() else "free some room"
                 raise OSError(f"{error}; training stopped, {further}") from error
             _logger.warning("%s; training goes on", error)
 

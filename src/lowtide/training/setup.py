@@ -39,7 +39,7 @@ def check_output(output: str | Path, *, resumed: bool = False) -> Path:
         if not (resumed and is_run):
             what = "name a new one or empty it"
             if is_run:
-                what = "name a new one, or go on with the run that is in it with resume latest"
+                what = "name a new one, or go on with the run that is in it with --resume (resume latest)"
             elif resumed:
                 what = "there is no run of lowtide in it to go on with"
             raise FileExistsError(

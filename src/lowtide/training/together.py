@@ -76,7 +76,7 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
             rank = os.environ.get("RANK", "?")
             raise RankLostError(
                 f"rank {rank}: another process of this run is gone or did not answer within {config.rank_timeout} ({_first_line(error)}). "
-                "Its own message says why; go on from the last checkpoint with resume latest"
+                "Its own message says why; go on from the last checkpoint with --resume"
             ) from error
         raise
     finally:

@@ -256,6 +256,8 @@ def _run(
 
         log = on_first(ranks, make_ready)
         saver = Saver(run, output, log, guard)
+        if show_progress:
+            run.stop.notice = "Stopping when this step is done and saved. Once more stops now, and loses what came after the last checkpoint."
         stack.enter_context(run.stop)
         before, after, stopped = _evaluate_train_evaluate(run, saver, checkpoint)
         model_dir = saver.save(interrupted=True) if stopped else save_trained(run, output)
