@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from .measured import DryRun, dry_run
     from .progress import ConsoleProgress
     from .range_test import LrFinding, find_lr
+    from .result import TrainResult
     from .setup import resolve_device
-    from .trainer import TrainResult, train
+    from .trainer import train
 
 _LATER = {
     "ConsoleProgress": "progress",
     "DryRun": "measured",
     "LrFinding": "range_test",
-    "TrainResult": "trainer",
+    "TrainResult": "result",
     "dry_run": "measured",
     "find_lr": "range_test",
     "resolve_device": "setup",

@@ -16,7 +16,7 @@ from ..planning.hardware import peak_resident_bytes, resident_bytes
 from .events import Listener
 
 if TYPE_CHECKING:
-    from .trainer import TrainResult
+    from .result import TrainResult
 
 
 def memory_bytes(device: str) -> int:

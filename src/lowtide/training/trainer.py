@@ -13,15 +13,12 @@ that takes long is loaded, and the output directory is made only when training c
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import math
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
@@ -34,18 +31,15 @@ from ..ranks import Ranks
 from ..weights.direct_io import flush_directory
 from .adapters import save_trained
 from .bad_steps import MAX_ROLLBACKS, RollBack, SpikeGuard, TooManyBadStepsError, too_many
-from .checkpoint import FOLDER, Checkpoint, list_checkpoints, newest_checkpoint, read_unchecked, set_aside
+from .beginning import before_bad_steps, begin, same_checkpoint
+from .checkpoint import Checkpoint, set_aside
 from .config import ABOUT_RESUMING, TrainConfig
 from .config_checks import check_for_ranks
-from .events import EventLog, Listener, read_events
+from .events import EventLog, Listener
 from .progress import ConsoleProgress
 from .report import peak_memory_bytes
+from .result import TrainResult
 from .resume import (
-    changed_settings,
-    check_settings,
-    clean_up,
-    find_checkpoint,
-    read_settings,
     restore,
     saved_loss,
     set_later_aside,
@@ -53,43 +47,11 @@ from .resume import (
 from .run import Run, prepare
 from .samples import take_samples
 from .saver import Saver
-from .setup import check_output, without_cache
-from .together import joined, note_launch, on_all, on_first, same_everywhere, started_again
+from .setup import without_cache
+from .together import joined, note_launch, on_first, same_everywhere
 from .trackers import Trackers
 
 _logger = get_logger(__name__)
-T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """How a run ended.
-
-    Attributes:
-        num_steps: steps taken, skipped ones included.
-        num_skipped: steps that updated nothing, because their loss or gradient norm was not finite, or a spike.
-        loss_before: held-out score before the first step; None when nothing is evaluated.
-        loss_after: held-out score after the last step; None when nothing is evaluated or the run was interrupted.
-        peak_memory_bytes: largest resident set of the process so far, or most CUDA memory allocated in the run.
-        output: the output directory.
-        model_dir: the saved model, inside ``output``; of an interrupted run its checkpoint, which is a model, too.
-        wall_s: seconds from the first evaluation to the saved model; those of all parts of a resumed run.
-        interrupted: SIGINT (Ctrl-C) or SIGTERM ended the run early; a checkpoint was written.
-        signal_number: that ended it.
-        finished_before: the run that was to be resumed had come to its end, and nothing was done.
-    """
-
-    num_steps: int
-    num_skipped: int
-    loss_before: LossResult | None
-    loss_after: LossResult | None
-    peak_memory_bytes: int
-    output: Path
-    model_dir: Path
-    wall_s: float
-    interrupted: bool
-    signal_number: int | None = None
-    finished_before: bool = False
 
 
 def train(config: TrainConfig, *, on_event: Listener | None = None, show_progress: bool = True) -> TrainResult:
@@ -124,7 +86,7 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
         }  # each machine may have its own
         same_everywhere(ranks, "settings", shared)
         output = Path(config.output).expanduser()
-        config, log, checkpoint, finished = _begin(config, output, ranks, stack)
+        config, log, checkpoint, finished = begin(config, output, ranks, stack)
         if finished is not None:
             return finished
         listener = on_event if ranks.is_first else None
@@ -133,7 +95,10 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
             try:
                 return _run(config, output, ranks, log, checkpoint, skip_to, listener, show_progress and ranks.is_first)
             except RollBack as asked:
-                checkpoint, skip_to = _same(ranks, partial(_before, asked, output)), asked.num_batches
+                checkpoint, skip_to = (
+                    same_checkpoint(ranks, partial(before_bad_steps, asked, output)),
+                    asked.num_batches,
+                )
                 if checkpoint is None or not rollbacks_left:
                     raise TooManyBadStepsError(str(asked)) from None
                 _logger.warning("%s; back to step %d, and on behind the bad data", asked, checkpoint.step)
@@ -142,68 +107,6 @@ def train(config: TrainConfig, *, on_event: Listener | None = None, show_progres
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     raise AssertionError("unreachable")
-
-
-def _begin(
-    config: TrainConfig, output: Path, ranks: Ranks, stack: ExitStack
-) -> tuple[TrainConfig, EventLog | None, Checkpoint | None, TrainResult | None]:
-    """(settings, the log of a run that is resumed, the checkpoint to go on from, what came of a run that is at its end)."""
-    log: EventLog | None = None
-    finished: TrainResult | None = None
-    again = on_first(ranks, lambda: started_again(output, ranks))
-    again = bool(ranks.broadcast(again))
-    if again and (config.resume is None or ranks.broadcast(bool(list_checkpoints(output / FOLDER)))):
-        config = dataclasses.replace(config, resume="auto")
-
-    def look() -> Checkpoint | None:
-        nonlocal log, finished
-        resumed = config.resume is not None
-        check_output(config.output, resumed=resumed)
-        if not resumed:
-            return None
-        if (output / "metrics.jsonl").exists():  # locked before anything there is touched
-            log = stack.enter_context(EventLog(output / "metrics.jsonl", existing=True))
-        clean_up(config, output)
-        finished = _finished(config, output)
-        checkpoint = None if finished else find_checkpoint(config, output, ours=again)
-        if checkpoint is not None:
-            check_settings(config, checkpoint)
-        return checkpoint
-
-    checkpoint = _same(ranks, look)
-    if ranks.broadcast(finished is not None):
-        finished = on_all(ranks, lambda: finished or _seen_by_all(_finished(config, output), output))
-    return config, log, checkpoint, finished
-
-
-def _same(ranks: Ranks, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
-    """The checkpoint that the first rank finds, on every rank."""
-    found = on_first(ranks, find)
-    if ranks.size == 1:
-        return found
-    path = ranks.broadcast(None if found is None else str(found.path))
-    if path is None:
-        return None
-    return on_all(ranks, lambda: found or _seen_by_all(read_unchecked(Path(path)), Path(path)))
-
-
-def _seen_by_all(found: T | None, path: Path) -> T:
-    if found is None:
-        raise FileNotFoundError(
-            f"{path} is not the same for all processes: it must be on a file system that all machines see"
-        )
-    return found
-
-
-def _before(asked: RollBack, output: Path) -> Checkpoint | None:
-    """The newest checkpoint with a good step behind it. If the first step after one was bad, its weights may be the reason."""
-    found = newest_checkpoint(output / FOLDER)
-    if found is not None and found.step >= asked.last_good_step:
-        _logger.warning(
-            "no step after %s was good: it is kept as %s", found.path, set_aside(found.path, "suspect").name
-        )
-        found = newest_checkpoint(output / FOLDER)
-    return found
 
 
 def _run(
@@ -377,34 +280,3 @@ def _write_settings(config: TrainConfig, output: Path) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, output / "config.yaml")
     flush_directory(output)
-
-
-def _finished(config: TrainConfig, output: Path) -> TrainResult | None:
-    """What came of the run in the output directory, if it has come to its end and no setting asks for more."""
-    if config.resume not in ("latest", "auto") or not (output / "model").is_dir():
-        return None
-    saved = read_settings(output)
-    if saved is None or changed_settings(config, saved):
-        return None
-    try:
-        events = read_events(output / "metrics.jsonl")
-    except (OSError, ValueError):  # cut off by a power failure
-        return None
-    if not events:
-        return None
-    evaluations = [
-        LossResult(e["loss"], e["perplexity"] or math.inf, e["num_tokens"]) for e in events if e["event"] == "eval"
-    ]
-    last = events[-1]
-    return TrainResult(
-        num_steps=last["step"],
-        num_skipped=last.get("num_skipped", 0),
-        loss_before=evaluations[0] if evaluations else None,
-        loss_after=evaluations[-1] if evaluations else None,
-        peak_memory_bytes=last.get("peak_memory_bytes", 0),
-        output=output,
-        model_dir=output / "model",
-        wall_s=last["time"],
-        interrupted=False,
-        finished_before=True,
-    )
