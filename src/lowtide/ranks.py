@@ -68,11 +68,6 @@ class Ranks:
         torch.distributed.broadcast(tensor, src=0)
         return json.loads(bytes(tensor.tolist()))
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            self.all(True)
-
 
 ALONE = Ranks(alone=True)
 
