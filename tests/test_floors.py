@@ -11,6 +11,7 @@ SOURCE = Path(lowtide.__file__).parent
 # share a floor, and there `SAME_FLOOR` lists who may use whom (never both ways).
 FLOORS = {
     "units": 0,
+    "cache_folder": 0,
     "log": 0,
     "ranks": 0,
     "optim": 1,

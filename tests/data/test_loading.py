@@ -11,9 +11,10 @@ import numpy
 import pytest
 from transformers import AutoTokenizer
 
+from lowtide.cache_folder import default_cache_folder
 from lowtide.data import encode_records, read_records
 from lowtide.data import records as records_module
-from lowtide.data.cache import TokenCache, default_cache_folder
+from lowtide.data.cache import TokenCache
 from lowtide.data.encoding import Encoded, Encoder
 from lowtide.data.inputs import find_inputs
 from lowtide.data.loading import describe, load_tokens

@@ -190,8 +190,9 @@ def _score_task(
 
 
 def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Any:
+    from ..cache_folder import default_cache_folder
     from ..data import Batches
-    from ..data.cache import TokenCache, default_cache_folder
+    from ..data.cache import TokenCache
     from ..data.inputs import find_inputs
     from ..data.loading import load_tokens
 

@@ -34,17 +34,6 @@ UNREADABLE = (ValueError, KeyError, TypeError, EOFError, OSError)  # what a dama
 _STALE_S = 24 * 3600.0  # an unfinished entry as old as this belongs to no living process
 
 
-def default_cache_folder() -> Path:
-    """$LOWTIDE_CACHE, or lowtide's folder in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("LOWTIDE_CACHE")
-    if own:
-        return Path(own).expanduser()
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "lowtide"
-    except RuntimeError:  # no home: there is no place, and load_tokens says so
-        return Path(os.devnull) / "lowtide"
-
-
 def content_key(inputs: Sequence[Input], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str | None:
     """Hash of everything that decides what examples are made; None for a slow tokenizer, which is code that cannot be hashed.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..optim.base import SIXTEEN_BIT
+from ..optim.kernels import native
 
 # Elements that are converted to float32 at a time on a CPU, where a 16-bit norm would be rounded to 16 bits.
 _SLICE_NUMEL = 2**18
@@ -76,6 +77,8 @@ class GradNorm:
 def _norm(grad: Tensor) -> Tensor:
     if grad.dtype not in SIXTEEN_BIT:
         return torch.linalg.vector_norm(grad)
+    if native.takes(grad):
+        return torch.tensor(native.norm(grad), dtype=torch.float32)
     if grad.device.type != "cpu" or not grad.is_contiguous() or grad.numel() <= _SLICE_NUMEL:
         return torch.linalg.vector_norm(grad, dtype=torch.float32)
     norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in grad.view(-1).split(_SLICE_NUMEL)]

@@ -103,10 +103,11 @@ class AdaLomo(SummedOptimizer):
         update_scale = lr / (update_rms / group["clip_threshold"]).clamp_(min=1.0)
         decay = 1.0 - lr * group["weight_decay"] if group["weight_decay"] else None
         writer = self._writer(param, group, state["step"]) if param.dtype in SIXTEEN_BIT else None
-        if writer is not None and kernels.wanted(pieces.param, pieces.grad):
+        fast = None if writer is None else kernels.chosen(pieces.param, pieces.grad)
+        if writer is not None and fast is not None:
             options = {} if prepare is None else prepare.kernel_options
             matrices, grads, row, col = pieces.factors()
-            kernels.adalomo_step(
+            fast.adalomo_step(
                 matrices, grads, row, col, update_scale, decay, **options, **writer.kernel_options(matrices)
             )
             return

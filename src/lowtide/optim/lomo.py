@@ -77,9 +77,9 @@ class Lomo(FusibleOptimizer):
     ) -> None:
         writer = self._writer(param, group)
         param = local_part(param)
-        if kernels.wanted(param, grad):
+        if (fast := kernels.chosen(param, grad)) is not None:
             options = {} if prepare is None else prepare.kernel_options
-            kernels.lomo_step(param, grad, lr=step_size, decay=decay, **options, **writer.kernel_options(param))
+            fast.lomo_step(param, grad, lr=step_size, decay=decay, **options, **writer.kernel_options(param))
             return
         dtype = compute_dtype(param)
         for param_slice, grad_slice, offset in paired_slices(param, grad, slice_numel(param.device)):

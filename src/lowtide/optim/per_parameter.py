@@ -87,8 +87,8 @@ class PerParameter(FusibleOptimizer):
         proxy.grad = None
         if sixteen_bit:
             target, value = local_part(param), local_part(proxy.detach())
-            if kernels.wanted(target, value):
-                kernels.round_into(target, value, **writer.kernel_options(target))
+            if (fast := kernels.chosen(target, value)) is not None:
+                fast.round_into(target, value, **writer.kernel_options(target))
             else:
                 writer.write(target, value, 0)
             set_values(proxy, torch.empty(0, device=param.device))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..cache_folder import default_cache_folder
 from ..data import Batches, ChoiceItem, Record, TokenStats, as_records, load_superglue, split_held_out
-from ..data.cache import TokenCache, default_cache_folder
+from ..data.cache import TokenCache
 from ..data.inputs import Input, find_inputs
 from ..data.loading import load_tokens, tokens_of_records
 from ..data.store import Selection, TokenStore

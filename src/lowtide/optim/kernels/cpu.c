@@ -1,0 +1,202 @@
+// One pass over a bfloat16 weight on a CPU: what the PyTorch twins in ../rounding.py, ../lomo.py and ../adalomo.py do in a dozen
+// passes over slices. The bits are the twins'. native.py compiles this file where there is a compiler, and calls it.
+//
+// Products and sums are contracted only where fma() stands (compile with -ffp-contract=off), because the twins round in between.
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+
+enum rounding { NEAREST = 0, STOCHASTIC = 1, COMPENSATED = 2 };
+enum { CHUNK = 1 << 15, LANES = 64 };  // elements that a thread takes at a time; partial sums side by side
+
+#if defined(_OPENMP)
+#define PARALLEL(threads) _Pragma("omp parallel for schedule(static) num_threads(threads)")
+#else
+#define PARALLEL(threads)
+#endif
+
+INLINE float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// a + b * c, rounded once where the processor has an instruction for it, which is where torch does so, too.
+INLINE float multiply_add(float b, float c, float a) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(b, c, a);
+#else
+    return a + b * c;
+#endif
+}
+
+// 16 bits for the element at this position of the whole tensor: see noise16 in rounding.py.
+INLINE int32_t noise(uint32_t position, uint32_t key) {
+    uint32_t x = (position >> 1) * 0x9E3779B9u;
+    x ^= key;
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    x ^= x >> 16;
+    x >>= (position & 1u) << 4;
+    return (int32_t)(x << 16) >> 16;
+}
+
+INLINE float read_weight(const uint16_t *weight, const int16_t *rest, ptrdiff_t i, int rounding) {
+    uint32_t bits = (uint32_t)weight[i] << 16;
+    if (rounding == COMPENSATED) bits += (uint32_t)(int32_t)rest[i];
+    return as_float(bits);
+}
+
+INLINE void write_weight(uint16_t *weight, int16_t *rest, ptrdiff_t i, float value, uint32_t position, uint32_t key, int rounding) {
+    uint32_t bits = value != value ? 0x7FC00000u : as_bits(value);
+    if (rounding == NEAREST) {
+        bits = value != value ? bits : bits + 0x7FFFu + ((bits >> 16) & 1u);
+    } else if (rounding == STOCHASTIC) {
+        bits += (uint32_t)(noise(position, key) + 32768);
+    } else {
+        int32_t low = (int32_t)(bits << 16) >> 16;
+        rest[i] = (int16_t)low;
+        bits -= (uint32_t)low;
+    }
+    weight[i] = (uint16_t)(bits >> 16);
+}
+
+INLINE float read_grad(const void *grad, ptrdiff_t i, int is_float) {
+    return is_float ? ((const float *)grad)[i] : as_float((uint32_t)((const uint16_t *)grad)[i] << 16);
+}
+
+// Not fminf and fmaxf: NaN must stay NaN.
+INLINE float clamped(float x, float limit) {
+    x = x < -limit ? -limit : x;
+    return x > limit ? limit : x;
+}
+
+INLINE float prepared(float grad, int prepares, float inv_scale, float limit, float coefficient) {
+    return prepares ? clamped(grad * inv_scale, limit) * coefficient : grad;
+}
+
+// Calls BODY with rounding, is_float and prepares as constants, so that each case is a loop of its own without branches.
+#define SPECIALISE(BODY)                                   \
+    switch ((rounding * 2 + is_float) * 2 + prepares) {    \
+        case 0: BODY(0, 0, 0); break;                      \
+        case 1: BODY(0, 0, 1); break;                      \
+        case 2: BODY(0, 1, 0); break;                      \
+        case 3: BODY(0, 1, 1); break;                      \
+        case 4: BODY(1, 0, 0); break;                      \
+        case 5: BODY(1, 0, 1); break;                      \
+        case 6: BODY(1, 1, 0); break;                      \
+        case 7: BODY(1, 1, 1); break;                      \
+        case 8: BODY(2, 0, 0); break;                      \
+        case 9: BODY(2, 0, 1); break;                      \
+        case 10: BODY(2, 1, 0); break;                     \
+        case 11: BODY(2, 1, 1); break;                     \
+    }
+
+INLINE void lomo_chunk(uint16_t *restrict weight, const void *restrict grad, int16_t *restrict rest, ptrdiff_t from, ptrdiff_t to,
+                       float step_size, float decay, float inv_scale, float limit, float coefficient, uint32_t key, uint32_t start,
+                       int rounding, int is_float, int prepares) {
+    for (ptrdiff_t i = from; i < to; i++) {
+        float value = read_weight(weight, rest, i, rounding) * decay;
+        float g = prepared(read_grad(grad, i, is_float), prepares, inv_scale, limit, coefficient);
+        value = multiply_add(g, -step_size, value);
+        write_weight(weight, rest, i, value, start + (uint32_t)i, key, rounding);
+    }
+}
+
+// p = p * decay - step_size * coefficient * clamp(grad * inv_scale, -limit, limit), rounded once.
+EXPORT void lomo_step(uint16_t *weight, const void *grad, int16_t *rest, ptrdiff_t numel, float step_size, float decay, float inv_scale,
+                      float limit, float coefficient, uint32_t key, uint32_t start, int rounding, int is_float, int prepares,
+                      int threads) {
+    ptrdiff_t chunks = (numel + CHUNK - 1) / CHUNK;
+    (void)threads;
+    PARALLEL(threads)
+    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++) {
+        ptrdiff_t from = chunk * CHUNK, to = from + CHUNK < numel ? from + CHUNK : numel;
+#define BODY(R, F, P) \
+    lomo_chunk(weight, grad, rest, from, to, step_size, decay, inv_scale, limit, coefficient, key, start, R, F, P)
+        SPECIALISE(BODY)
+#undef BODY
+    }
+}
+
+INLINE void adalomo_row(uint16_t *restrict weight, const void *restrict grad, int16_t *restrict rest, ptrdiff_t from, ptrdiff_t cols,
+                        float row, const float *restrict col, float scale, float decay, float inv_scale, float limit,
+                        float coefficient, uint32_t key, uint32_t start, int rounding, int is_float, int prepares) {
+    for (ptrdiff_t c = 0; c < cols; c++) {
+        ptrdiff_t i = from + c;
+        float g = prepared(read_grad(grad, i, is_float), prepares, inv_scale, limit, coefficient);
+        float value = read_weight(weight, rest, i, rounding) * decay;
+        value -= g * row * col[c] * scale;
+        write_weight(weight, rest, i, value, start + (uint32_t)i, key, rounding);
+    }
+}
+
+// p = p * decay - scale * g * row * col, rounded once; [rows, cols] are all rows of `matrices` matrices of rows / matrices each.
+EXPORT void adalomo_step(uint16_t *weight, const void *grad, int16_t *rest, ptrdiff_t rows, ptrdiff_t rows_of_matrix, ptrdiff_t cols,
+                         const float *row, const float *col, float scale, float decay, float inv_scale, float limit,
+                         float coefficient, uint32_t key, uint32_t start, int rounding, int is_float, int prepares, int threads) {
+    (void)threads;
+    PARALLEL(threads)
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const float *cols_of = col + (r / rows_of_matrix) * cols;
+        float row_factor = row == NULL ? 1.0f : row[r];
+#define BODY(R, F, P)                                                                                                           \
+    adalomo_row(weight, grad, rest, r *cols, cols, row_factor, cols_of, scale, decay, inv_scale, limit, coefficient, key, start, \
+                R, F, P)
+        SPECIALISE(BODY)
+#undef BODY
+    }
+}
+
+// Float32 values into the weight.
+EXPORT void round_into(uint16_t *restrict weight, const float *restrict value, int16_t *restrict rest, ptrdiff_t numel, uint32_t key,
+                       uint32_t start, int rounding, int threads) {
+    ptrdiff_t chunks = (numel + CHUNK - 1) / CHUNK;
+    (void)threads;
+    PARALLEL(threads)
+    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++) {
+        ptrdiff_t from = chunk * CHUNK, to = from + CHUNK < numel ? from + CHUNK : numel;
+#define LOOP(R) \
+    for (ptrdiff_t i = from; i < to; i++) write_weight(weight, rest, i, value[i], start + (uint32_t)i, key, R)
+        if (rounding == NEAREST) LOOP(NEAREST);
+        else if (rounding == STOCHASTIC) LOOP(STOCHASTIC);
+        else LOOP(COMPENSATED);
+#undef LOOP
+    }
+}
+
+// Sums of squares of bfloat16 numbers, one for each chunk of CHUNK elements, whatever the number of threads.
+EXPORT void sums_of_squares(const uint16_t *grad, ptrdiff_t numel, double *sums, int threads) {
+    ptrdiff_t chunks = (numel + CHUNK - 1) / CHUNK;
+    (void)threads;
+    PARALLEL(threads)
+    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++) {
+        ptrdiff_t i = chunk * CHUNK, to = i + CHUNK < numel ? i + CHUNK : numel;
+        float lanes[LANES] = {0};
+        for (; i + LANES <= to; i += LANES)
+            for (int lane = 0; lane < LANES; lane++) {
+                float g = as_float((uint32_t)grad[i + lane] << 16);
+                lanes[lane] = multiply_add(g, g, lanes[lane]);
+            }
+        double sum = 0.0;
+        for (; i < to; i++) {
+            float g = as_float((uint32_t)grad[i] << 16);
+            sum += (double)g * g;
+        }
+        for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+        sums[chunk] = sum;
+    }
+}
+
+EXPORT int chunk_numel(void) { return CHUNK; }

@@ -1,0 +1,277 @@
+"""The same kernels for bfloat16 weights on a CPU: a small C file, compiled when it is first needed, if there is a compiler.
+
+In PyTorch an update is a dozen passes over float32 slices, about 2.4 ns an element on two cores; in one pass it is bound by memory.
+The compiled file lies in lowtide's cache. Without a compiler, or with ``LOWTIDE_NATIVE=0`` in the environment, the PyTorch twins do
+the same: the bits are theirs, except that a norm is summed in another order.
+
+torch.compile does this, too, but needs the same compiler, and importing it costs a quarter of a GiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import glob
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cache_folder import default_cache_folder
+from ...log import get_logger
+
+_logger = get_logger(__name__)
+
+_SOURCE = Path(__file__).with_name("cpu.c")
+_FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fPIC"]
+_ROUNDING = {"nearest": 0, "stochastic": 1, "compensated": 2}
+_ONE_THREAD = 2**16  # elements below which it does not pay to wake other threads
+_COMPILE_TIMEOUT_S = 120
+
+_POINTER, _SIZE, _FLOAT, _INT, _UINT32 = (
+    ctypes.c_void_p,
+    ctypes.c_ssize_t,
+    ctypes.c_float,
+    ctypes.c_int,
+    ctypes.c_uint32,
+)
+_PREPARE = [_FLOAT] * 3
+_HOW = [_UINT32, _UINT32, _INT]  # key, start, rounding
+_SIGNATURES = {
+    "lomo_step": [_POINTER, _POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, *_PREPARE, *_HOW, _INT, _INT, _INT],
+    "adalomo_step": [*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _POINTER, _FLOAT, _FLOAT, *_PREPARE, *_HOW, _INT, _INT, _INT],
+    "round_into": [_POINTER, _POINTER, _POINTER, _SIZE, *_HOW, _INT],
+    "sums_of_squares": [_POINTER, _SIZE, _POINTER, _INT],
+}  # fmt: skip
+
+
+def available() -> bool:
+    """Whether the kernels are there; the first call compiles them."""
+    return _library() is not None
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether these kernels work on such a weight or gradient: bfloat16, contiguous, on a CPU, and they are :func:`available`."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous() and available()
+
+
+def takes_grad(grad: Tensor) -> bool:
+    """Whether they take such a gradient or value beside a weight that they take: not float16."""
+    return grad.dtype in (torch.bfloat16, torch.float32)
+
+
+def lomo_step(
+    param: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    decay: float = 1.0,
+    inv_scale: float = 1.0,
+    clip_value: float | None = None,
+    coefficient: float | Tensor = 1.0,
+    rounding: str,
+    key: int = 0,
+    start: int = 0,
+    compensation: Tensor | None = None,
+) -> None:
+    """As :func:`lowtide.optim.kernels.launch.lomo_step`, for a bfloat16 parameter on a CPU."""
+    factor = float(coefficient)
+    if param.numel() == 0 or math.isnan(factor):
+        return
+    _call(
+        "lomo_step", param.data_ptr(), grad.data_ptr(), _pointer(compensation), param.numel(), lr, decay,
+        *_prepare(inv_scale, clip_value, factor), *_how(rounding, key, start), *_kind(grad, inv_scale, clip_value, factor),
+        _num_threads(param),
+    )  # fmt: skip
+
+
+def adalomo_step(
+    param: Tensor,
+    grad: Tensor,
+    row: Tensor | None,
+    col: Tensor,
+    update_scale: Tensor,
+    decay: Tensor | None = None,
+    *,
+    inv_scale: float = 1.0,
+    clip_value: float | None = None,
+    coefficient: float | Tensor = 1.0,
+    rounding: str,
+    key: int = 0,
+    start: int = 0,
+    compensation: Tensor | None = None,
+) -> None:
+    """As :func:`lowtide.optim.kernels.launch.adalomo_step`, for a bfloat16 parameter on a CPU."""
+    factor = float(coefficient)
+    if param.numel() == 0 or math.isnan(factor):
+        return
+    if row is None:  # one row as long as the parameter
+        num_rows, of_matrix, cols = 1, 1, param.numel()
+    else:
+        (matrices, of_matrix, cols), row = param.shape, row.contiguous()
+        num_rows = matrices * of_matrix
+    col = col.contiguous()
+    _call(
+        "adalomo_step", param.data_ptr(), grad.data_ptr(), _pointer(compensation), num_rows, of_matrix, cols, _pointer(row),
+        col.data_ptr(), float(update_scale), 1.0 if decay is None else float(decay), *_prepare(inv_scale, clip_value, factor),
+        *_how(rounding, key, start), *_kind(grad, inv_scale, clip_value, factor), _num_threads(param),
+    )  # fmt: skip
+
+
+def round_into(
+    param: Tensor, value: Tensor, *, rounding: str, key: int = 0, start: int = 0, compensation: Tensor | None = None
+) -> None:
+    """As :func:`lowtide.optim.kernels.launch.round_into`, for a bfloat16 parameter on a CPU."""
+    how = _how(rounding, key, start)
+    _call(
+        "round_into",
+        param.data_ptr(),
+        value.data_ptr(),
+        _pointer(compensation),
+        param.numel(),
+        *how,
+        _num_threads(param),
+    )
+
+
+def norm(grad: Tensor) -> float:
+    """The 2-norm of a contiguous bfloat16 tensor on a CPU; partial sums are float32, and the same for any number of threads."""
+    sums = torch.empty(-(-grad.numel() // _chunk_numel()), dtype=torch.float64)
+    _call("sums_of_squares", grad.data_ptr(), grad.numel(), sums.data_ptr(), _num_threads(grad))
+    return math.sqrt(sums.sum().item())
+
+
+def _prepare(inv_scale: float, clip_value: float | None, factor: float) -> tuple[float, float, float]:
+    return inv_scale, math.inf if clip_value is None else clip_value, factor
+
+
+def _how(rounding: str, key: int, start: int) -> tuple[int, int, int]:
+    return key & 0xFFFFFFFF, start & 0xFFFFFFFF, _ROUNDING[rounding]
+
+
+def _kind(grad: Tensor, inv_scale: float, clip_value: float | None, factor: float) -> tuple[bool, bool]:
+    return grad.dtype == torch.float32, not (inv_scale == factor == 1.0 and clip_value is None)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _num_threads(tensor: Tensor) -> int:
+    return 1 if tensor.numel() < _ONE_THREAD else torch.get_num_threads()
+
+
+def _call(name: str, *arguments: Any) -> None:
+    library = _library()
+    assert library is not None, "ask available() first"
+    getattr(library, name)(*arguments)
+
+
+@functools.cache
+def _chunk_numel() -> int:
+    library = _library()
+    assert library is not None
+    return int(library.chunk_numel())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled file, or None: then a line of the log says why."""
+    if os.environ.get("LOWTIDE_NATIVE", "1") == "0":
+        return None
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or os.name != "posix":
+        _logger.info("no C compiler was found: updates of bfloat16 weights on the CPU run in PyTorch, which is slower")
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+    except (
+        OSError,
+        AttributeError,
+        subprocess.SubprocessError,
+    ) as error:  # a compiler of any kind and state: the twins need none
+        _logger.info(
+            "the CPU kernels could not be made with %s (%s): updates run in PyTorch, which is slower", compiler, error
+        )
+        return None
+    return library
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library, from the cache or made now."""
+    openmp = _openmp_of_torch()
+    signed = hashlib.sha256(_SOURCE.read_bytes())
+    for part in (compiler, *_FLAGS, *openmp, platform.machine(), _processor()):
+        signed.update(part.encode() + b"\0")
+    name = f"cpu-{signed.hexdigest()[:24]}.so"
+    folder = _cache_folder()
+    if (folder / name).exists():
+        return folder / name
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = _compile(compiler, openmp, Path(scratch))
+        made.replace(folder / name)  # whoever is second replaces it by the same
+    return folder / name
+
+
+def _compile(compiler: str, openmp: list[str], scratch: Path) -> Path:
+    """With threads if the compiler can, for this processor if it can."""
+    command = [*compiler.split(), *_FLAGS]
+    tries = [["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-fopenmp"], ["-march=native"], []]
+    problem: subprocess.CalledProcessError | None = None
+    for extra in tries:
+        threads = openmp if "-fopenmp" in extra else []
+        # Linked in a second step: with -fopenmp there the compiler would link a library of its own.
+        link = [*compiler.split(), "-shared", "kernels.o", "-o", "kernels.so", *(threads or extra[1:]), "-lm"]
+        try:
+            for step in ([*command, *extra, "-c", str(_SOURCE), "-o", "kernels.o"], link):
+                subprocess.run(step, cwd=scratch, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+            ctypes.CDLL(str(scratch / "kernels.so"))
+        except subprocess.CalledProcessError as error:
+            problem = error
+        except OSError as error:
+            problem = subprocess.CalledProcessError(1, link, stderr=str(error).encode())
+        else:
+            return scratch / "kernels.so"
+    assert problem is not None
+    lines = (problem.stderr or b"").decode(errors="replace").strip().splitlines()
+    raise OSError(lines[-1] if lines else str(problem))
+
+
+def _openmp_of_torch() -> list[str]:
+    """The OpenMP library that torch has loaded: with a second one its idle threads would be in the way of torch's."""
+    root = Path(torch.__file__).parent
+    found = glob.glob(str(root / "lib" / "libgomp*.so*")) + glob.glob(str(root.parent / "torch.libs" / "libgomp*.so*"))
+    return found if len(found) == 1 else []
+
+
+@functools.cache
+def _processor() -> str:
+    """What tells processors apart that share a cache: code for one may not run on another."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
+
+
+def _cache_folder() -> Path:
+    folder = default_cache_folder() / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="lowtide-kernels-"))
