@@ -51,7 +51,7 @@ class Method:
     Attributes:
         title: for people.
         train: see the module.
-        kind: ``"ours"``, ``"full"`` (trains every parameter in every step), ``"part"`` (does not) or ``"control"``.
+        kind: ``"ours"``, ``"full"`` (trains every parameter in every step), ``"part"`` (does not) or ``"nothing"``.
         package: the distribution it comes from, besides torch and transformers.
         dtype: of the weights.
         extra_bytes: for every parameter besides its weight, at the peak, roughly; see ``needed_bytes``.
@@ -312,19 +312,19 @@ def lomo_like(module: str, name: str) -> Train:
 
 
 METHODS = {
-    "lowtide-lomo": Method("lowtide Lomo", fused(lambda l, m: l.Lomo(m.parameters(), lr=1e-3)), "ours", growth=True),
+    "lowtide-lomo": Method("lowtide Lomo", fused(lambda ours, m: ours.Lomo(m.parameters(), lr=1e-3)), "ours", growth=True),
     "lowtide-adalomo": Method(
-        "lowtide AdaLomo", fused(lambda l, m: l.AdaLomo(m.parameters(), lr=1e-3)), "ours", growth=True
+        "lowtide AdaLomo", fused(lambda ours, m: ours.AdaLomo(m.parameters(), lr=1e-3)), "ours", growth=True
     ),
     "lowtide-adamw": Method("lowtide PerParameter(AdamW)", fused(lowtide_adamw), "ours", extra_bytes=4),
-    "lowtide-nothing": Method("lowtide's backward, nothing updated", nothing, "control"),
+    "lowtide-nothing": Method("lowtide's backward, nothing updated", nothing, "nothing"),
     "adamw-fp32": Method(
         "torch AdamW, float32", torch_optimizer("AdamW", lr=1e-5), dtype="float32", extra_bytes=12
     ),
     "adamw-bf16": Method("torch AdamW", torch_optimizer("AdamW", lr=1e-5), extra_bytes=6, growth=True),
     "adamw-bf16-fused": Method("torch AdamW(fused=True)", torch_optimizer("AdamW", lr=1e-5, fused=True), extra_bytes=6),
     "adafactor-bf16": Method("transformers' Adafactor", plain(adafactor), extra_bytes=2),
-    "sgd-bf16": Method("torch SGD", torch_optimizer("SGD", lr=1e-3), "control", extra_bytes=2),
+    "sgd-bf16": Method("torch SGD (control)", torch_optimizer("SGD", lr=1e-3), extra_bytes=2),
     "trainer-adamw": Method("HF Trainer, adamw_torch", trainer("adamw_torch"), package="accelerate", extra_bytes=6),
     "trainer-adafactor": Method("HF Trainer, adafactor", trainer("adafactor"), package="accelerate", extra_bytes=2),
     "tutorial-adamw": Method(

@@ -34,6 +34,10 @@ class Shape:
         layer = 2 * self.hidden**2 + 2 * self.hidden * kv + 3 * self.hidden * self.intermediate + 2 * self.hidden
         return self.layers * layer + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
 
+    @property
+    def num_tensors(self) -> int:
+        return 9 * self.layers + (2 if self.tied else 3)
+
 
 SHAPES = {
     "tiny": Shape(64, 2, 4, 2, 160, 1000, tied=True),
