@@ -57,7 +57,7 @@ def _label(figure: Any, axes: Any, found: Sequence[Result]) -> None:
     figure.canvas.draw()
     spots = [axes.transData.transform((each.step_s, each.above_bytes / 1e9)) for each in found]
     taken = [axes.get_legend().get_window_extent()]
-    for each, spot in zip(found, spots, strict=True):
+    for each in found:
         name, color = METHODS[each.method].title, STYLES[METHODS[each.method].kind][0]
         for dx, dy in _PLACES:
             text = axes.annotate(
