@@ -19,58 +19,69 @@ STYLES = {
 LINES = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#000000", "#009E73", "#CC79A7")
 MARKERS = "osD^vP*"
 AXES = {"parameters": "parameters, billions", "tokens": "tokens a step", "tensors": "parameter tensors"}
-_PLACES = [
-    (dx, dy)
-    for far in (1, 2, 3, 5)
-    for dx, dy in ((7, -3), (7, 6 * far), (7, -3 - 9 * far), (-7, -3), (-7, 6 * far), (-7, -3 - 9 * far))
-]
+# Where the number of a point may stand, in points from it, nearest first.
+_PLACES = [(dx, dy) for far in range(7, 60, 5) for dx in (far, -far, 0) for dy in (0, far, -far) if dx or dy]
 
 
 def memory_time(found: Sequence[Result], model: str, path: Path) -> None:
-    """One point a method: seconds a step, and GB above imports."""
+    """One numbered point a method: seconds a step, and GB above imports; the numbers are explained at the side."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(9.5, 6))
-    shown: set[str] = set()
+    figure, axes = plt.subplots(figsize=(10, 6))
     for each in found:
-        kind = METHODS[each.method].kind
-        color, marker, label = STYLES[kind]
-        axes.scatter(each.step_s, each.above_bytes / 1e9, c=color, marker=marker, s=42, zorder=3, label=None if kind in shown else label)  # fmt: skip
-        shown.add(kind)
-    weights = 2 * found[0].parameters / 1e9
-    axes.axhline(weights, color="#999999", linewidth=0.8, linestyle=":")
+        color, marker, _ = STYLES[METHODS[each.method].kind]
+        axes.scatter(each.step_s, each.above_bytes / 1e9, c=color, marker=marker, s=42, zorder=3)
+    axes.axhline(2 * found[0].parameters / 1e9, color="#999999", linewidth=0.8, linestyle=":")
     axes.set_xlabel("median step, seconds")
     axes.set_ylabel("peak memory above imports, GB")
     axes.set_title(
         f"{model}: lower and further left is better; dotted: the weights in bfloat16", loc="left", fontsize=10
     )
-    axes.set_xlim(0, max(each.step_s for each in found) * 1.3)
-    axes.set_ylim(0, max(each.above_bytes for each in found) / 1e9 * 1.12)
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
+    axes.set_xlim(0, max(each.step_s for each in found) * 1.1)
+    axes.set_ylim(0, max(each.above_bytes for each in found) / 1e9 * 1.1)
     _tidy(axes)
-    figure.tight_layout()
-    _label(figure, axes, found)
+    figure.subplots_adjust(left=0.07, right=0.66, top=0.93, bottom=0.09)
+    _explain(axes, found)
+    _number(figure, axes, found)
     _save(plt, figure, path)
 
 
-def _label(figure: Any, axes: Any, found: Sequence[Result]) -> None:
-    """Names beside their points, at the first place where they cover no other name and no point."""
+def _explain(axes: Any, found: Sequence[Result]) -> None:
+    """The numbers and the markers, as lines of text at the right."""
+    height = 1.0
+    for kind, (color, marker, label) in STYLES.items():
+        own = [(number, each) for number, each in enumerate(found, 1) if METHODS[each.method].kind == kind]
+        if not own:
+            continue
+        axes.scatter(1.04, height - 0.012, c=color, marker=marker, s=42, transform=axes.transAxes, clip_on=False)
+        axes.text(
+            1.065, height, label, transform=axes.transAxes, va="top", fontsize=8.5, fontweight="bold", color=color
+        )
+        for number, each in own:
+            height -= 0.034
+            axes.text(1.065, height, f"{number}  {METHODS[each.method].title}", transform=axes.transAxes, va="top", fontsize=8)  # fmt: skip
+        height -= 0.05
+
+
+def _number(figure: Any, axes: Any, found: Sequence[Result]) -> None:
+    """Numbers beside their points, at the first place where they cover no other number and no point."""
     figure.canvas.draw()
     spots = [axes.transData.transform((each.step_s, each.above_bytes / 1e9)) for each in found]
-    taken = [axes.get_legend().get_window_extent()]
-    for each in found:
-        name, color = METHODS[each.method].title, STYLES[METHODS[each.method].kind][0]
-        for dx, dy in _PLACES:
+    taken: list[Any] = []
+    for number, each in enumerate(found, 1):
+        color = STYLES[METHODS[each.method].kind][0]
+        point = (each.step_s, each.above_bytes / 1e9)
+        for place in _PLACES:
             text = axes.annotate(
-                name, (each.step_s, each.above_bytes / 1e9), (dx, dy), textcoords="offset points", fontsize=7.5, color=color,
-                ha="left" if dx > 0 else "right", arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4} if abs(dy) > 12 else None,
+                str(number), point, place, textcoords="offset points", fontsize=8, color=color, ha="center", va="center",
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5} if max(map(abs, place)) > 7 else None,
             )  # fmt: skip
-            box = text.get_window_extent()
-            inside = box.x0 > axes.bbox.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken) and not any(box.contains(*p) for p in spots):
+            box = text.get_window_extent().padded(1)
+            inside = axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1 and axes.bbox.x0 < box.x0
+            near = any(box.padded(4).contains(*spot) for spot in spots)
+            if (inside and not near and not any(box.overlaps(other) for other in taken)) or place == _PLACES[-1]:
+                taken.append(box)
                 break
-            if (dx, dy) != _PLACES[-1]:
-                text.remove()
-        taken.append(box)
+            text.remove()
 
 
 def growth(drawn: dict[str, list[Row]], path: Path) -> None:
@@ -81,6 +92,8 @@ def growth(drawn: dict[str, list[Row]], path: Path) -> None:
         path: the SVG file.
     """
     plt = _pyplot()
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     figure, grid = plt.subplots(2, len(drawn), figsize=(4.2 * len(drawn) + 0.6, 6.4), squeeze=False)
     methods = [name for name, method in METHODS.items() if method.growth]
     for column, (name, rows) in enumerate(drawn.items()):
@@ -95,6 +108,13 @@ def growth(drawn: dict[str, list[Row]], path: Path) -> None:
         for axes in (grid[0][column], grid[1][column]):
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.set_xticks(
+                sizes(name, rows), [f"{size:.2g}" if size < 100 else f"{size:.0f}" for size in sizes(name, rows)]
+            )
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.set_xlabel(AXES[name])
             _tidy(axes)
             axes.grid(color="#e9ecef", linewidth=0.8)
