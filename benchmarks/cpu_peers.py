@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=list(SHAPES), default=["smollm2"])
     parser.add_argument("--growth", nargs="+", choices=list(GROWTH), help="in place of --model and its batches")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all, or those of a growth")
+    parser.add_argument("--without", nargs="+", choices=list(METHODS), default=[], help="methods to leave out")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--steps", type=int, help="default: what the model takes, see peers/shapes.py")
@@ -66,7 +67,7 @@ def main() -> None:
     device = device_name()
     for case in dict.fromkeys(work):
         for number in range(1, (options.rounds or (1 if options.growth else 5)) + 1):
-            for method in methods:
+            for method in (name for name in methods if name not in options.without):
                 one_run(case, method, number, device, imports, options)
 
 

@@ -60,7 +60,7 @@ def attempt(method: str, model: str, batch_size: int, seq_len: int, steps: int, 
 
 def one_line(error: BaseException) -> str:
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {message}"
+    return f"{type(error).__name__}: {message}"[:200]
 
 
 def train(method: str, model_name: str, batch_size: int, seq_len: int, steps: int, threads: int) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def trainer(optim: str) -> Train:
 
         class InOrder(Trainer):
             def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-                return torch.utils.data.SequentialSampler(self.train_dataset)
+                return torch.utils.data.SequentialSampler(rows)
 
             def compute_loss(self, *arguments: Any, **settings: Any) -> Any:
                 found = super().compute_loss(*arguments, **settings)
@@ -316,7 +316,7 @@ METHODS = {
     "lowtide-adalomo": Method(
         "lowtide AdaLomo", fused(lambda ours, m: ours.AdaLomo(m.parameters(), lr=1e-3)), "ours", growth=True
     ),
-    "lowtide-adamw": Method("lowtide PerParameter(AdamW)", fused(lowtide_adamw), "ours", extra_bytes=4),
+    "lowtide-adamw": Method("lowtide PerParameter(AdamW)", fused(lowtide_adamw), "ours", extra_bytes=8),
     "lowtide-nothing": Method("lowtide's backward, nothing updated", nothing, "nothing"),
     "adamw-fp32": Method(
         "torch AdamW, float32", torch_optimizer("AdamW", lr=1e-5), dtype="float32", extra_bytes=12

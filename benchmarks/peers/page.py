@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 from . import abilities, plots
 from .methods import METHODS
-from .shapes import GROWTH
+from .shapes import GROWTH, SHAPES
 from .summary import BASE, GROUP, Result, Row, groups, is_only_growth, results
 
 HEAD = """# Benchmarks on a CPU
@@ -18,11 +19,16 @@ run again (`benchmarks/README.md`). Every run is a fresh process; rounds are int
 
 **The same for all**: a Llama shape with random weights, the same random tokens, bfloat16 weights unless the name says float32, no clipping, activations recomputed a
 decoder layer at a time (lowtide's blocks; transformers' gradient checkpointing for the others). **Not the same**: lowtide computes the loss in slices of the vocabulary
-and its own way, where the others use transformers' loss with all logits; this is part of what is compared. Adafactor is that of transformers.
+and its own way, where the others use transformers' loss with all logits; this is part of what is compared. lowtide's optimizers compute an update in float32 and round it stochastically into the bfloat16 weight, and PerParameter(AdamW) keeps float32 states;
+torch's AdamW and SGD compute and keep everything in bfloat16. Adafactor is that of transformers, with float32 states.
 
 **Columns.** *Peak*: largest resident set of the process. *Above imports*: less what the process held with everything imported, before the model existed. *Of the weights*:
 that divided by two bytes a parameter, which are the weights in bfloat16; for float32, too. *Step*: median of the steps after the first. *Of Lomo's*: step time divided by that of lowtide
 Lomo in the same round; median, lowest and highest. *Trains*: which parameters a step updates.
+
+**Single methods.** BAdam trains the block in the middle, and its backward pass ends there, so it stands for the mean of its blocks. GaLore makes its projections anew every 200
+steps; here that is the first step alone, which the median leaves out. The Trainer's steps are timed between its callbacks, without fetching the batch. Code of libraries that is read
+when it first runs counts as "above imports", for all alike.
 
 Rates of learning and quality are not measured here: the methods differ in what they learn in a step (`quality.md`)."""
 TRAINS = {"ours": "all", "full": "all", "part": "a part", "nothing": "nothing"}
@@ -41,7 +47,7 @@ def write(rows: list[Row], page: Path, images: Path) -> None:
         page: the Markdown file.
         images: the folder of the pictures.
     """
-    rows = [row for row in rows if row["model"] != "tiny"]
+    rows = [row for row in rows if row["model"] in SHAPES and row["model"] != "tiny" and row["method"] in METHODS]
     images.mkdir(parents=True, exist_ok=True)
     link = Path(os.path.relpath(images, page.parent)).as_posix()
     parts, names = [HEAD], set()
@@ -111,7 +117,7 @@ def table(found: Iterable[Result]) -> str:
 def says(found: Iterable[Result]) -> list[str]:
     """Sentences that follow from the table, whichever way it went."""
     by = {each.method: each for each in found}
-    lines = []
+    lines: list[str] = []
     ours = by.get(BASE)
     if ours is None:
         return lines
@@ -121,7 +127,7 @@ def says(found: Iterable[Result]) -> list[str]:
     for other in ("lowtide-nothing", "lomo-optim"):
         if other in by and by[other].ratio:
             ratios = sorted(1 / ratio for ratio in by[other].ratios)
-            middle = 1 / by[other].ratio
+            middle = statistics.median(ratios)
             lines.append(
                 f"Its step takes {middle:.3f} of that of {METHODS[other].title} ({ratios[0]:.3f} to {ratios[-1]:.3f} in {len(ratios)} rounds)."
             )

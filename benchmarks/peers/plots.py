@@ -20,7 +20,7 @@ LINES = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#000000", "#009E73", "#CC7
 MARKERS = "osD^vP*"
 AXES = {"parameters": "parameters, billions", "tokens": "tokens a step", "tensors": "parameter tensors"}
 # Where the number of a point may stand, in points from it, nearest first.
-_PLACES = [(dx, dy) for far in range(7, 60, 5) for dx in (far, -far, 0) for dy in (0, far, -far) if dx or dy]
+_PLACES = [(dx, dy) for far in range(8, 60, 5) for dx in (far, -far, 0) for dy in (0, far, -far) if dx or dy]
 
 
 def memory_time(found: Sequence[Result], model: str, path: Path) -> None:
@@ -64,24 +64,26 @@ def _explain(axes: Any, found: Sequence[Result]) -> None:
 
 def _number(figure: Any, axes: Any, found: Sequence[Result]) -> None:
     """Numbers beside their points, at the first place where they cover no other number and no point."""
+    from matplotlib.transforms import Bbox
+
     figure.canvas.draw()
+    dot = figure.dpi / 72  # pixels of a point
     spots = [axes.transData.transform((each.step_s, each.above_bytes / 1e9)) for each in found]
-    taken: list[Any] = []
-    for number, each in enumerate(found, 1):
-        color = STYLES[METHODS[each.method].kind][0]
-        point = (each.step_s, each.above_bytes / 1e9)
+    taken = [Bbox.from_bounds(x - 4 * dot, y - 4 * dot, 8 * dot, 8 * dot) for x, y in spots]
+    for number, (each, (x, y)) in enumerate(zip(found, spots, strict=True), 1):
+        width = 5.5 * len(str(number)) * dot
         for place in _PLACES:
-            text = axes.annotate(
-                str(number), point, place, textcoords="offset points", fontsize=8, color=color, ha="center", va="center",
-                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5} if max(map(abs, place)) > 7 else None,
-            )  # fmt: skip
-            box = text.get_window_extent().padded(1)
+            left, bottom = x + place[0] * dot - width / 2, y + (place[1] - 4) * dot
+            box = Bbox.from_bounds(left, bottom, width, 8 * dot)
             inside = axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1 and axes.bbox.x0 < box.x0
-            near = any(box.padded(4).contains(*spot) for spot in spots)
-            if (inside and not near and not any(box.overlaps(other) for other in taken)) or place == _PLACES[-1]:
-                taken.append(box)
+            if inside and not any(box.overlaps(other) for other in taken):
                 break
-            text.remove()
+        taken.append(box)
+        color = STYLES[METHODS[each.method].kind][0]
+        axes.annotate(
+            str(number), (each.step_s, each.above_bytes / 1e9), place, textcoords="offset points", fontsize=8, color=color, ha="center",
+            va="center", arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5} if max(map(abs, place)) > 12 else None,
+        )  # fmt: skip
 
 
 def growth(drawn: dict[str, list[Row]], path: Path) -> None:
