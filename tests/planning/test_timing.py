@@ -48,6 +48,29 @@ def test_the_slowest_lane_decides(tiny_shape):
         assert found.step_s == max(lanes.values()) + found.exposed_s == lanes[bottleneck] + found.exposed_s
 
 
+def test_updates_take_the_time_of_their_bytes(tiny_shape):
+    shape = tiny_shape(device="cuda", dtype=torch.bfloat16, optimizer="lomo")
+    speeds = Speeds(1e9, 1e9, 1e9, 1e9, 1e9, GIVEN, memory=1e6)
+    found = step_time(shape, homes_of(shape, "device"), "device", speeds)
+    # gradient and weight are read, the weight is written
+    assert found.update_s == pytest.approx(3 * 2 * shape.num_parameters / 1e6)
+    assert found.compute_s == pytest.approx(found.flops / 1e9 + found.update_s)
+    clipped = tiny_shape(device="cuda", dtype=torch.bfloat16, optimizer="lomo", exact_clipping=True)
+    assert step_time(clipped, homes_of(shape, "device"), "device", speeds).update_s == pytest.approx(
+        found.update_s * 4 / 3
+    )
+
+
+def test_what_is_updated_while_weights_travel_needs_fewer_tokens(tiny_shape):
+    shape = tiny_shape(device="cuda")
+    without, counted = (
+        step_time(shape, homes_of(shape, "host"), "device", Speeds(1e9, 1e6, 1e6, 1e6, 1e6, GIVEN, memory=memory))
+        for memory in (None, 1e7)
+    )
+    assert without.update_s == 0
+    assert 0 < counted.tokens_to_hide < without.tokens_to_hide
+
+
 def test_nothing_moves_where_everything_is_on_the_device(tiny_shape):
     speeds = Speeds(1e9, 1e9, 1e9, 1e9, 1e9, GIVEN)
     shape = tiny_shape(device="cuda")
