@@ -62,8 +62,9 @@ class Machine:
 GA102 = "NVIDIA Ampere GA102 whitepaper"
 ADA = "NVIDIA Ada GPU architecture whitepaper"
 BLACKWELL = "NVIDIA RTX Blackwell GPU architecture whitepaper"
-# Hardware FLOP utilisation of 44 to 57 % in arXiv 2205.05198, table 5; 38 to 43 % of an H100's peak in arXiv 2407.21783, table 4.
 A100_EFFICIENCY, H100_EFFICIENCY = 0.5, 0.4
+A100_SOURCE = "arXiv 2205.05198, table 5, has 44 to 57 % of the hardware's peak"
+H100_SOURCE = "arXiv 2407.21783, table 4, has 38 to 43 % in pre-training"
 
 RTX3090 = Machine("RTX 3090", 71e12, 936e9, 24 * GIB, 128 * GIB, PCIE4, None, GA102)
 RTX4090 = Machine("RTX 4090", 165.2e12, 1008e9, 24 * GIB, 128 * GIB, PCIE4, None, ADA)

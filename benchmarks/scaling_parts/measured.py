@@ -22,6 +22,7 @@ from .tables import error, number, table
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 # Of the disk in bigger_than_memory.csv, as docs/homes.md gives it.
 DISK_READ, DISK_WRITE = 0.7e9, 1.3e9
+MANY_TOKENS = 512  # a step; below, products of a CPU do not run at full speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +54,13 @@ class Group:
         title: for people; what is special about it.
         rows: the first is fitted, unless ``flops`` says otherwise.
         flops: FLOP/s from elsewhere, with its source; None to fit.
+        tokens_known: False where the tokens of a step were not recorded: then the fitted constant is no speed.
     """
 
     title: str
     rows: Sequence[Row]
     flops: tuple[float, str] | None = None
+    tokens_known: bool = True
 
 
 def read(name: str, results: Path = RESULTS) -> list[dict[str, str]]:
@@ -95,7 +98,7 @@ def fit(row: Row, memory: float) -> float:
 def groups() -> list[Group]:
     """All that there are rows for."""
     found = [_clipping(), _memory(), _float32(), _from_disk(), _trec("float32"), _trec("bfloat16"), _curves(), _tiny()]
-    return [group for group in (*found, *_peers()) if group.rows]
+    return [group for group in (*found, *peers()) if group.rows]
 
 
 def _on_cpu(model: str, batch: int, seq: int, optimizer: str, dtype: str, clipped: bool = False) -> StepShape:
@@ -111,13 +114,20 @@ def _clipping() -> Group:
         )
         for row in rows
     ]  # fmt: skip
-    return Group("`clip_cost.csv`: TinyLlama shape, float32, Lomo, ways to clip (kept gradients and adaptive count as none)", made)
+    return Group(
+        "`clip_cost.csv`: TinyLlama shape, float32, Lomo, ways to clip (kept gradients and adaptive count as none)",
+        made,
+    )
 
 
 def _memory() -> Group:
     rows = [row for row in read("memory_cpu.csv") if row["method"] != "adamw-fp32"]
     made = [
-        Row(row["method"], float(row["step_s"]), _on_cpu("tinyllama", 8, 128, row["method"].removesuffix("-bf16"), "bfloat16"))
+        Row(
+            row["method"],
+            float(row["step_s"]),
+            _on_cpu("tinyllama", 8, 128, row["method"].removesuffix("-bf16"), "bfloat16"),
+        )
         for row in rows
     ]
     return Group("`memory_cpu.csv`: TinyLlama shape, bfloat16, 8 x 128 tokens", made)
@@ -174,19 +184,31 @@ def _trec(dtype: str) -> Group:
         optimizer, clipped, share = known[method]
         shape = _on_cpu("smollm2", 8, 64, optimizer, dtype, clipped)
         made.append(Row(method, statistics.median(seconds), shape, share=share))
-    return Group(f"`quality_cost.csv`: SmolLM2-135M, {dtype}, clipped to norm 1; the tokens of a step are not known, so only ratios are tested", made)
+    return Group(
+        f"`quality_cost.csv`: SmolLM2-135M, {dtype}, clipped to norm 1; the tokens of a step are not known, so only ratios are tested",
+        made,
+        tokens_known=False,
+    )
 
 
 def _curves() -> Group:
     """Median of all steps of all seeds."""
-    cases = {"none, lr 0.005": (False, "no clipping"), "exact, lr 0.2": (True, "exact"), "adaptive, lr 0.2": (False, "adaptive")}
+    cases = {
+        "none, lr 0.005": (False, "no clipping"),
+        "exact, lr 0.2": (True, "exact"),
+        "adaptive, lr 0.2": (False, "adaptive"),
+    }
     rows = [row for row in read("numerics.csv") if row["what"] == "clipping"]
     made = []
     for way, (clipped, title) in cases.items():
         seconds = [float(row["step_s"]) for row in rows if row["way"] == way]
         if seconds:
             made.append(Row(title, statistics.median(seconds), _on_cpu("smollm2", 8, 64, "lomo", "float32", clipped)))
-    return Group("`numerics.csv`: SmolLM2-135M, float32, Lomo; the tokens of a step are not known here either", made)
+    return Group(
+        "`numerics.csv`: SmolLM2-135M, float32, Lomo; the tokens of a step are not known here either",
+        made,
+        tokens_known=False,
+    )
 
 
 def _tiny() -> Group:
@@ -194,7 +216,11 @@ def _tiny() -> Group:
     seconds = statistics.median(float(row["step_s"]) for row in rows)
     made = [Row("0.1 M parameters, 8 x 32", seconds, _on_cpu("0.1M", 8, 32, "adalomo", "float32"))]
     first = _clipping().rows[0]
-    return Group("`numerics.csv`: a model that is far too small", made, (fit(first, memory_bandwidth()), "that of `clip_cost.csv`"))
+    return Group(
+        "`numerics.csv`: a model that is far too small",
+        made,
+        (fit(first, memory_bandwidth()), "that of `clip_cost.csv`"),
+    )
 
 
 # Methods of cpu_peers.csv that the planner has a rule for, all of which recompute; the others are counted.
@@ -206,7 +232,7 @@ PEERS = {
 }  # fmt: skip
 
 
-def _peers(results: Path = RESULTS) -> Iterable[Group]:
+def peers(results: Path = RESULTS) -> Iterable[Group]:
     """A group for each machine, number of threads and dtype; the constant is fitted to the first model's first known method.
 
     The time of a step is the median over rounds.
@@ -234,27 +260,43 @@ def _peers(results: Path = RESULTS) -> Iterable[Group]:
         yield Group(f"`cpu_peers.csv`: {device}, {threads} threads, {dtype}", made)
 
 
-def measured_tables(results: Path = RESULTS) -> str:
-    """A table of all groups, and what was fitted."""
+def measured_tables(found: Sequence[Group] | None = None) -> str:
+    """A table of groups, of all unless they are given, and what was fitted."""
     memory = memory_bandwidth()
-    rows, errors = [], []
-    for group in groups() if results == RESULTS else list(_peers(results)):
+    rows: list[list[str]] = []
+    errors: list[tuple[int | None, float]] = []  # tokens of a step, error
+    fitted: list[float] = []
+    for group in groups() if found is None else found:
         flops, source = group.flops or (fit(group.rows[0], memory), "fitted to the first row")
+        fitted += [flops] if group.flops is None and group.tokens_known else []
         rows.append([f"**{group.title}**", "", "", f"{flops / 1e9:.0f} GFLOP/s, {source}"])
         for index, row in enumerate(group.rows):
-            found = predict(row, flops, memory)
+            seconds = predict(row, flops, memory)
             is_fit = group.flops is None and index == 0
-            rows.append([row.case, number(row.seconds), number(found), "fitted" if is_fit else error(found, row.seconds)])
-            errors += [] if is_fit else [found / row.seconds - 1]
+            rows.append(
+                [row.case, number(row.seconds), number(seconds), "fitted" if is_fit else error(seconds, row.seconds)]
+            )
+            tokens = row.shape.batch_size * row.shape.seq_len
+            if not is_fit:
+                errors.append((tokens if group.tokens_known else None, seconds / row.seconds - 1))
     text = table(["case", "measured, s", "predicted, s", "error"], rows)
     if not errors:
         return text if rows else "No rows."
-    sizes = sorted(map(abs, errors))
-    within = sum(size <= 0.2 for size in sizes)
-    return (
-        f"{text}\n\nOf {len(sizes)} rows that nothing was fitted to, {within} are within 20 %; the median of the absolute errors is "
-        f"{statistics.median(sizes):.0%}, the largest {sizes[-1]:.0%}. Memory: {memory / 1e9:.1f} GB/s, fitted to `update, nearest` of `clip_cost.csv`."
+    many = sorted(abs(size) for tokens, size in errors if tokens is not None and tokens >= MANY_TOKENS)
+    few = sorted(abs(size) for tokens, size in errors if tokens is not None and tokens < MANY_TOKENS)
+    unknown = sorted(abs(size) for tokens, size in errors if tokens is None)
+    within = sum(size <= 0.2 for size in many)
+    words = f"Of {len(many)} rows with {MANY_TOKENS} tokens a step or more that nothing was fitted to, {within} are within 20 %"
+    words += (
+        f"; the median of the absolute errors is {statistics.median(many):.0%}, the largest {many[-1]:.0%}."
+        if many
+        else "."
     )
+    if few:
+        words += f" The {len(few)} rows with fewer tokens are off by {few[0]:.0%} to {few[-1]:.0%}."
+    if unknown:
+        words += f" The {len(unknown)} ratios where the tokens are not known are off by {unknown[0]:.0%} to {unknown[-1]:.0%}."
+    return f"{text}\n\n{words} FLOP/s that were fitted with known tokens lie between {min(fitted) / 1e9:.0f} and {max(fitted) / 1e9:.0f} GFLOP/s. Memory: {memory / 1e9:.1f} GB/s, fitted to `update, nearest` of `clip_cost.csv`."
 
 
 def few_tokens() -> str:
@@ -266,7 +308,19 @@ def few_tokens() -> str:
     tokens = row.shape.batch_size * row.shape.seq_len
     return (
         f"With LLaMA 7B in memory and {tokens} tokens a step, {missing:.0f} s are missing, {missing / row.shape.num_parameters * 1e9:.0f} ns "
-        "a parameter and step."
+        f"a parameter and step. {_scatter()}"
+    )
+
+
+def _scatter() -> str:
+    """What other work on the machine does to a time."""
+    rows = [row for row in read("bigger_than_memory.csv") if row["case"] == "tiny-disk"]
+    tokens = [int(row["tokens"]) for row in rows]
+    same = [float(row["step_s"]) for row in rows if int(row["tokens"]) == max(tokens)]
+    fewer = [float(row["step_s"]) for row in rows if int(row["tokens"]) < max(tokens)]
+    return (
+        f"Some rows were measured beside other work: the same case of {max(tokens)} tokens from disk took {min(same):.0f} to {max(same):.0f} s, "
+        f"one of {min(tokens)} tokens {min(fewer):.0f} s."
     )
 
 

@@ -11,7 +11,7 @@ from .published import fitted_efficiency
 from .shapes import homes, step_shape
 
 MODEL, SEQ_LEN = "Qwen3 32B", 256
-BATCHES = [2**exponent for exponent in range(11)]
+BATCHES = sorted({round(2 ** (quarter / 4)) for quarter in range(41)})
 # machine, home, colour, line
 LINES = (
     (H100, "host", "#5f3dc4", "-"),

@@ -6,7 +6,18 @@ from lowtide.planning import Limits, Option, Sharding, Speeds, one_rank, rank_sh
 from lowtide.planning.better_buy import several_ranks
 from lowtide.planning.speeds import ASSUMED
 
-from .machines import GIB, MACHINES, OF_PEAK_BUS, OF_PEAK_MEMORY, RTX4090, SYSTEM_BYTES, USABLE, Machine
+from .machines import (
+    A100_SOURCE,
+    GIB,
+    H100_SOURCE,
+    MACHINES,
+    OF_PEAK_BUS,
+    OF_PEAK_MEMORY,
+    RTX4090,
+    SYSTEM_BYTES,
+    USABLE,
+    Machine,
+)
 from .published import fitted_efficiency, fitted_link
 from .shapes import homes, step_shape
 from .tables import number, table
@@ -41,7 +52,11 @@ def _cells(option: Option, hidden: str) -> list[str]:
     used = option.footprint.totals()
     home = option.home if option.num_ranks == 1 else f"shared, {option.home}"
     hours = TOKENS / option.tokens_per_s / 3600
-    places = [f"{used['device'] / GIB:.1f}", f"{option.num_ranks * used['host'] / GIB:.0f}", f"{used['disk'] / 1e9:.0f}"]
+    places = [
+        f"{used['device'] / GIB:.1f}",
+        f"{option.num_ranks * used['host'] / GIB:.0f}",
+        f"{used['disk'] / 1e9:.0f}",
+    ]
     return [home, *places, number(option.tokens_per_s), number(hours), option.bottleneck, hidden]
 
 
@@ -61,12 +76,20 @@ def machines_table() -> str:
     for machine in MACHINES:
         efficiency = fitted_efficiency() if machine.efficiency is None else machine.efficiency
         link = "" if machine.cards == 1 else f"{machine.between_cards(fitted_link()).rank_s / 1e9:.3g}"
-        cells = [machine.name, f"{machine.peak / 1e12:g}", f"{efficiency:.2f}", f"{machine.memory / 1e9:g}", f"{machine.pcie / 1e9:.0f}", link]
+        cells = [
+            machine.name,
+            f"{machine.peak / 1e12:g}",
+            f"{efficiency:.2f}",
+            f"{machine.memory / 1e9:g}",
+            f"{machine.pcie / 1e9:.0f}",
+            link,
+        ]
         rows.append([*cells, f"{machine.device / GIB:.0f}", f"{machine.host / GIB:.0f}", machine.source])
     head = ("machine", "peak, TFLOP/s", "of it in products", "memory, GB/s", "PCIe, GB/s", "link, GB/s", "GiB of a card", "GiB of host memory", "source of peak and memory")  # fmt: skip
     used = (
         f"Used of that: {OF_PEAK_BUS:.0%} of PCIe, {OF_PEAK_MEMORY:.0%} of the memory's bandwidth (in updates), {USABLE:.0%} of a card's memory, all of the host's but "
         f"{SYSTEM_BYTES / GIB:.0f} GiB. Disk: {DISK_BYTES / 1e9:.0f} GB that read {ASSUMED['disk_read'] / 1e9:.0f} and write {ASSUMED['disk_write'] / 1e9:.0f} GB/s. "
+        f"Efficiency of the A100: {A100_SOURCE}; of the H100: {H100_SOURCE}. "
         f"A step: {BATCH} sequences of {SEQ_LEN} tokens over all cards together, AdaLomo, bfloat16, no clipping, no padding."
     )
     return f"{table(head, rows)}\n\n{used}"

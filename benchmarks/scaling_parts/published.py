@@ -53,7 +53,7 @@ def _step_of_ranks(model: str, optimizer: str, ranks: int, link: float) -> float
 
 def paper_table() -> str:
     """The LOMO paper's Table 2."""
-    rows = []
+    rows, errors, factors = [], [], []
     for model, optimizer, ranks, speed in TABLE_2:
         name = {"lomo": "LOMO", "sgd": "SGD", "adamw": "AdamW"}[optimizer]
         if ranks == 1:
@@ -62,12 +62,25 @@ def paper_table() -> str:
         link = RTX3090.speeds(1.0).to_device
         fitted, nominal = (SEQ_LEN / _step_of_ranks(model, optimizer, ranks, rate) for rate in (fitted_link(), link))
         shown = "fitted" if (model, optimizer, ranks) == LINK_ROW else error(fitted, speed)
-        rows.append([model, name, str(ranks), number(speed), number(fitted), shown, number(nominal), error(nominal, speed)])
-    head = ["model", "optimizer", "GPUs", "paper, tokens/s and GPU", f"here, link of {fitted_link() / 1e9:.2g} GB/s", "error"]
+        factors.append(nominal / speed)
+        errors += [] if (model, optimizer, ranks) == LINK_ROW else [fitted / speed - 1]
+        rows.append(
+            [model, name, str(ranks), number(speed), number(fitted), shown, number(nominal), error(nominal, speed)]
+        )
+    head = [
+        "model",
+        "optimizer",
+        "GPUs",
+        "paper, tokens/s and GPU",
+        f"here, link of {fitted_link() / 1e9:.2g} GB/s",
+        "error",
+    ]
     head += [f"here, link of {RTX3090.speeds(1.0).to_device / 1e9:.0f} GB/s", "error"]
     constants = (
         f"Fitted: {fitted_efficiency():.3f} of the RTX 3090's {RTX3090.peak / 1e12:.0f} TFLOP/s in products, to the row of LOMO on one GPU; "
-        f"{fitted_link() / 1e9:.2f} GB/s between cards, to the row of SGD with 7B on eight. The other five rows are predictions."
+        f"{fitted_link() / 1e9:.2f} GB/s between cards, to the row of SGD with 7B on eight. The other five rows are predictions, "
+        f"{min(errors):+.0%} to {max(errors):+.0%}. With {RTX3090.speeds(1.0).to_device / 1e9:.0f} GB/s, which one card has to the host, all rows of several cards are too fast by "
+        f"factors of {min(factors):.1f} to {max(factors):.1f}."
     )
     return f"{table(head, rows)}\n\n{constants}"
 
@@ -122,16 +135,22 @@ def predicted(figure: Figure) -> float:
 
 def others_table() -> str:
     """Figures of other programs, and the efficiency that each would need."""
-    rows = []
+    rows, needs = [], []
     for figure in FIGURES:
         found = predicted(figure)
         needed = figure.tokens_per_s / found * fitted_efficiency()
+        needs.append(needed)
         cells = [figure.who, figure.what, f"{figure.tokens_per_s:,}", number(found), error(found, figure.tokens_per_s)]
         rows.append([*cells, f"{needed:.2f}", figure.assumption])
     head = ["who", "what", "published, tokens/s", "here, tokens/s", "error", "efficiency that gives it", "assumed"]
-    plain = [predicted(dataclasses.replace(each, peak=RTX4090.peak)) / each.tokens_per_s - 1 for each in FIGURES if each.peak == FP16_SUMS]
+    plain = [
+        predicted(dataclasses.replace(each, peak=RTX4090.peak)) / each.tokens_per_s - 1
+        for each in FIGURES
+        if each.peak == FP16_SUMS
+    ]
     sums = (
-        f"Without the assumption about float16 sums RoundPipe's rows would be {plain[0]:+.0%} and {plain[1]:+.0%}."
+        f"The efficiencies that would give the figures exactly lie between {min(needs):.2f} and {max(needs):.2f}; {fitted_efficiency():.2f} was fitted to "
+        f"the paper. Without the assumption about float16 sums RoundPipe's rows would be {plain[0]:+.0%} and {plain[1]:+.0%}."
     )
     return f"{table(head, rows)}\n\n{sums}\n\n{_infinity()}"
 
