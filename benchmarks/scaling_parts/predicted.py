@@ -85,7 +85,7 @@ def machines_table() -> str:
             link,
         ]
         rows.append([*cells, f"{machine.device / GIB:.0f}", f"{machine.host / GIB:.0f}", machine.source])
-    head = ("machine", "peak, TFLOP/s", "of it in products", "memory, GB/s", "PCIe, GB/s", "link, GB/s", "GiB of a card", "GiB of host memory", "source of peak and memory")  # fmt: skip
+    head = ("machine", "peak, TFLOP/s", "of it in products", "memory, GB/s", "PCIe, GB/s", "link, GB/s, used", "GiB of a card", "GiB of host memory", "source of peak and memory")  # fmt: skip
     used = (
         f"Used of that: {OF_PEAK_BUS:.0%} of PCIe, {OF_PEAK_MEMORY:.0%} of the memory's bandwidth (in updates), {USABLE:.0%} of a card's memory, all of the host's but "
         f"{SYSTEM_BYTES / GIB:.0f} GiB. Disk: {DISK_BYTES / 1e9:.0f} GB that read {ASSUMED['disk_read'] / 1e9:.0f} and write {ASSUMED['disk_write'] / 1e9:.0f} GB/s. "
