@@ -18,6 +18,7 @@ from .models.blocks import find_blocks, outer_modules, resolve_blocks
 from .models.chunked_loss import ChunkedLoss, HeadForward
 from .models.lora import adapted_layers, bare_model
 from .models.shards import parts_of
+from .models.vocabulary import VocabularySlices
 from .optim.shards import compute_device, is_sharded
 from .weights import HostInputs, MixedHome, by_name, place
 from .weights.layout import Part
@@ -28,6 +29,7 @@ class Engine(_Engine):
 
     chunked_loss: ChunkedLoss | None = None
     head: HeadForward | None = None
+    vocabulary: VocabularySlices | None = None
     home: MixedHome
 
     def state_dict_of_model(self) -> dict[str, Tensor]:
@@ -67,6 +69,8 @@ class Engine(_Engine):
             self.chunked_loss = None
         if self.head is not None:
             self.head.remove()
+        if self.vocabulary is not None:
+            self.vocabulary.remove()
         if isinstance(self._block_inputs, HostInputs):
             self._block_inputs.close()
         if self.home.streamed:
@@ -103,6 +107,7 @@ def fuse(
     block_inputs: str = "device",
     blocks: Iterable[nn.Module | str] | None = None,
     chunked_loss: bool = True,
+    vocabulary_slices: bool | None = None,
 ) -> Engine:
     """Update every parameter inside the backward pass, the moment its gradient is complete.
 
@@ -135,6 +140,10 @@ def fuse(
             models; an empty list turns blocks off.
         chunked_loss: a Hugging Face causal language model computes its training loss in slices of the vocabulary, and returns
             ``logits=None`` then. Models whose head is not understood keep their own loss. False leaves the model's forward alone.
+        vocabulary_slices: the gradients of head and embedding of such a model come in slices of rows and are never whole, as they would
+            be the largest of a small model. None does so for embeddings, and for heads where it costs little, which is with Lomo
+            and without adaptive clipping or a loss scale. True does so with AdaLomo, too, whose three walks make the products of the
+            head three times. False for whole gradients. Optimizers of :class:`PerParameter` and ``clip_memory_bytes`` need whole ones.
 
     Raises:
         ValueError, TypeError, RuntimeError: something here cannot be fused; the message says what to do instead.
@@ -215,6 +224,14 @@ def fuse(
         if sharded:  # only a call of the head gathers its weights
             engine.head = HeadForward(loss.head)
             engine.head.install()
+    if vocabulary_slices is not False:
+        engine.vocabulary = VocabularySlices.install(engine, model, engine.chunked_loss, engine.head, vocabulary_slices)
+        if vocabulary_slices and not engine.vocabulary.head:
+            engine.remove()
+            raise ValueError(
+                "vocabulary_slices=True: this head's gradient has to be whole. It can come in slices where a Hugging Face model's loss is "
+                "computed in slices (chunked_loss=True), with Lomo or AdaLomo, on one rank, and without clip_memory_bytes"
+            )
     return engine
 
 

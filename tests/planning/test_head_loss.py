@@ -24,7 +24,7 @@ def stand_in(trace, hidden, weight):
 
 def real_loss(trace, hidden, weight):
     labels = torch.empty(hidden.shape[0], dtype=torch.int64, device="meta")
-    return real._LinearCrossEntropy.apply(hidden, weight, None, labels, 1.0, None)
+    return real._LinearCrossEntropy.apply(hidden, weight, None, labels, 1.0, None, None, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ from torch import nn
 
 import lowtide
 from helpers import tiny_batch, tiny_model
+from lowtide.optim import sliced
 from lowtide.training import read_events, train
 from lowtide.training import run as run_module
 from lowtide.training.memory_trace import (
@@ -79,20 +80,26 @@ def test_the_paper_s_claim_one_gradient_at_a_time():
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("slices", [None, False])
 @pytest.mark.parametrize("clip_grad_norm", [None, 1e-3])
-def test_the_vocabulary_matrix(tied, clip_grad_norm):
-    """Where it is tied autograd holds the head's part until the embedding's comes at the end."""
+def test_the_vocabulary_matrix(tied, clip_grad_norm, slices, monkeypatch):
+    """Its gradient comes in slices, also where it is tied; whole ones are two if it is, as autograd holds the head's part."""
     model = tiny_model("llama", vocab_size=2000, tie_word_embeddings=tied)
     optimizer = lowtide.Lomo(model.parameters(), lr=1e-3)
-    engine = lowtide.fuse(model, optimizer, clip_grad_norm=clip_grad_norm)
+    monkeypatch.setattr(sliced, "MAX_SLICE_NUMEL", 2**14)
+    engine = lowtide.fuse(model, optimizer, clip_grad_norm=clip_grad_norm, vocabulary_slices=slices)
     matrix = model.get_output_embeddings().weight.nbytes
     with MemoryTrace(engine, [optimizer], "cpu")() as trace:
         engine.backward(model(**tiny_batch()).loss)
     optimizer.step()
     engine.remove()
-    assert trace.most[GRADIENTS] == (2 * matrix if tied else matrix)
     block = model.model.layers[1].mlp.up_proj.weight.nbytes  # the largest there
-    assert most(trace, GRADIENTS, "backward, model.layers.1") == block + (matrix if tied else 0)
+    waits = matrix if tied and slices is False else 0
+    assert most(trace, GRADIENTS, "backward, model.layers.1") == block + waits
+    if slices is False:
+        assert trace.most[GRADIENTS] == (2 * matrix if tied else matrix)
+    else:
+        assert trace.most[GRADIENTS] == 2**14 // 32 * 32 * 4 < matrix / 3
     assert column(trace, GRADIENTS)[-1] == ("after the step", 0)
 
 

@@ -41,18 +41,25 @@ class GradNorm:
         """It was given or has been read: nothing is to be added."""
         return self._value is not None
 
-    def add(self, grad: Tensor) -> Tensor:
-        """Take in one complete gradient, any shape; returns its own norm, float32 and zero-dimensional on its device."""
+    def add(self, grad: Tensor, add: bool = True) -> Tensor:
+        """Take in one complete gradient, any shape; returns its own norm, float32 and zero-dimensional on its device.
+
+        Args:
+            grad: the gradient.
+            add: False for its own norm only.
+        """
         norm = _norm(grad)
         if self._inv_scale != 1.0:
             norm = norm * self._inv_scale
-        self._norms.append(norm)
+        if add:
+            self._norms.append(norm)
         return norm
 
-    def read(self, grad: Tensor) -> float:
+    def read(self, grad: Tensor, add: bool = True) -> float:
         """The same, where nothing has to be waited for: returns the gradient's own norm as a number."""
         norm = (_norm(grad) if grad.dtype in SIXTEEN_BIT else vector_norm(grad)).item() * self._inv_scale
-        self.sum_squares += norm * norm
+        if add:
+            self.sum_squares += norm * norm
         return norm
 
     def take(self, norm: float | Tensor) -> None:

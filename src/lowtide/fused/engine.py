@@ -25,6 +25,7 @@ from .kept import KeptGradients
 from .loss_scale import LossScale
 from .passes import BackwardPass
 from .sharded import form_groups, make_slots
+from .slices import SliceIntake
 from .slot import mark_shared
 
 _logger = get_logger(__name__)
@@ -84,6 +85,7 @@ class Engine(BackwardPass):
             BlockRunner(block, self, home, None if block in whole_batch else micro_batch_size) for block in blocks
         ]
         mark_shared(self._slots, self._runners, model)
+        self._intakes: list[SliceIntake] = []
         if clip_grad_norm is not None and kept_gradients_bytes:
             self._kept = KeptGradients(self._slots.values(), kept_gradients_bytes)
         self._attach()
@@ -218,6 +220,33 @@ class Engine(BackwardPass):
         if self.adaptive is not None and "adaptive" in state:
             self.adaptive.load_state_dict(state["adaptive"], self._names())
 
+    def intake_of(self, param: Tensor, num_places: int) -> SliceIntake | None:
+        """What takes the gradient of a vocabulary matrix in slices; None if it has to be whole.
+
+        Args:
+            param: the matrix.
+            num_places: modules that use it.
+        """
+        slot = self._slots.get(param)
+        if slot is None or is_sharded(param) or self._kept is not None:
+            return None
+        if slot.runner is not None and slot.runner.micro_batch_size is not None:
+            return None  # a part of a block, whose gradients are sums over micro-batches
+        if not slot.optimizer.num_slice_walks:
+            return None
+        if slot.runner is None and (param.dim() != 2 or not param.is_contiguous()):
+            return None  # weights that move are contiguous where they are computed, and may be away now
+        if slot.intake is None:
+            slot.intake, slot.simple = SliceIntake(slot), False
+            self._intakes.append(slot.intake)
+            if num_places > 1:
+                slot.shared = slot.always_shared = slot.in_own_dtype = True
+        return slot.intake
+
+    def block_of(self, module: nn.Module) -> BlockRunner | None:
+        """Who runs this module, if it is a block."""
+        return next((runner for runner in self._runners if runner.block is module), None)
+
     def _names(self) -> dict[Tensor, str]:
         return {param: name for name, param in self.model.named_parameters() if param in self._slots}
 
@@ -229,7 +258,7 @@ class Engine(BackwardPass):
             runner.remove()
         for optimizer in self.optimizers:
             optimizer.__dict__.pop("_close_step", None)
-        self._slots, self._runners = {}, []
+        self._slots, self._runners, self._intakes = {}, [], []
         self.model.__dict__.pop("_lowtide_engine", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -281,6 +310,8 @@ class Engine(BackwardPass):
             self._step += 1
             for runner in self._runners:
                 runner.close_step()
+            for intake in self._intakes:
+                intake.close_step()
             if self._step == 10 or self._step % _CHECK_LOST_EVERY == 0:
                 self._warn_lost()
 

@@ -138,10 +138,10 @@ class BackwardPass:
         """Use the gradients that were complete at the end of the pass only."""
         by_runner: dict[BlockRunner | None, list[Slot]] = {}
         for slot in self._slots.values():
-            if slot.total is not None:
+            if slot.pending:
                 by_runner.setdefault(slot.runner, []).append(slot)
         for runner, slots in by_runner.items():
-            with self._weights_at_hand(runner):
+            with self._weights_at_hand(runner, reads=any(slot.waits_in_slices for slot in slots)):
                 for slot in slots:
                     slot.flush()
         self.arrived.flush()
@@ -158,16 +158,16 @@ class BackwardPass:
         self.arrived.flush()
 
     @contextmanager
-    def _weights_at_hand(self, runner: BlockRunner | None) -> Iterator[None]:
-        """Around updates of a block's parameters outside of its own backward pass."""
-        if runner is None or self._measuring or self._skip:
+    def _weights_at_hand(self, runner: BlockRunner | None, reads: bool = False) -> Iterator[None]:
+        """Around updates of a block's parameters outside of its own backward pass; ``reads``: gradients are made with them, too."""
+        if runner is None or self._skip or (self._measuring and not reads):
             yield
             return
         runner.home.fetch(runner.block)
         try:
             yield
         finally:
-            runner.home.write_back(runner.block)
+            (runner.home.release if self._measuring else runner.home.write_back)(runner.block)
 
     def _drop_all(self) -> None:
         for slot in self._slots.values():
@@ -199,6 +199,17 @@ class BackwardPass:
         """The same where its norm is known, after :meth:`clamp_measured`: a number, or zero-dimensional on the device."""
         self._norm.take(norm)
         self._note_measured(slot, grad, norm)
+
+    def measured_parts(self, slot: Slot, norm: float | Tensor) -> None:
+        """The same for a gradient in slices, which is not kept."""
+        self._norm.take(norm)
+        if self.adaptive is not None:
+            self.adaptive.measured(slot.param, norm)
+
+    def part_norm(self, grad: Tensor) -> float | Tensor:
+        """The 2-norm of a slice of a gradient, without the loss scale; not read where that would mean to wait."""
+        on_host = grad.is_cpu and self._reads_norms
+        return self._norm.read(grad, add=False) if on_host else self._norm.add(grad, add=False)
 
     def clamp_measured(self, grad: Tensor) -> None:
         """The norm is that of what will be applied."""

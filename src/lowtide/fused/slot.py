@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..optim import FusibleOptimizer
 from ..optim.base import SIXTEEN_BIT
 from ..optim.shards import is_sharded
+from ..optim.sliced import SlicedGradient
 from .clipping import vector_norm
+from .slices import PreparedPieces, SliceIntake, norm_of_parts
 
 if TYPE_CHECKING:
     from .block import BlockRunner
@@ -31,6 +33,7 @@ class Slot:
         "group_index",
         "handle",
         "in_own_dtype",
+        "intake",
         "optimizer",
         "param",
         "runner",
@@ -49,6 +52,7 @@ class Slot:
         self.runner: BlockRunner | None = None  # of the block it belongs to
         self.simple = False  # outside of blocks, used in one place, and its norm is read without waiting or rounding
         self.handle: Any = None
+        self.intake: SliceIntake | None = None  # of gradients in slices
 
     def attach(self) -> None:
         self.handle = self.param.register_post_accumulate_grad_hook(self.on_grad)
@@ -84,8 +88,8 @@ class Slot:
         if not engine._open:
             engine.enter_backward(grad)
         in_its_block = engine._running is not None and engine._running is self.runner
-        if not (in_its_block or self.shared or engine._graph_task in (None, _current_graph_task_id())):
-            self._refuse_nested()
+        if not (in_its_block or self.shared):
+            self.refuse_nested()
         param.grad = None
         if engine._skip or (engine._kept is not None and self in engine._kept):
             return
@@ -103,15 +107,30 @@ class Slot:
         else:
             self.total.add_(grad)
 
+    @property
+    def pending(self) -> bool:
+        """A gradient is there that has not been used."""
+        return self.total is not None or self.waits_in_slices
+
+    @property
+    def waits_in_slices(self) -> bool:
+        """A gradient waits that has not been made yet."""
+        return self.intake is not None and bool(self.intake.waiting)
+
     def flush(self) -> None:
         """Use the accumulated gradient, if there is one."""
-        if self.total is not None:
+        if self.intake is not None and (gradient := self.intake.take_waiting(self.total)) is not None:
+            self.total = None
+            self.apply_slices(gradient)
+        elif self.total is not None:
             grad, self.total = self.total, None
             self.apply(grad)
 
     def drop(self) -> None:
         """Forget the accumulated gradient."""
         self.total = self.param.grad = None
+        if self.intake is not None:
+            self.intake.waiting = []
 
     def apply(self, grad: Tensor) -> None:
         """The gradient is complete: measure it, and update unless this is the measuring pass."""
@@ -129,6 +148,19 @@ class Slot:
         engine._num_updated += 1
         self.optimizer.update_param(self.param, grad, self.optimizer.param_groups[self.group_index], prepare)
 
+    def apply_slices(self, gradient: SlicedGradient) -> None:
+        """The same for a gradient that is made slice by slice."""
+        engine = self.engine
+        if engine._skip:
+            return
+        if engine._measuring:
+            engine.measured_parts(self, norm_of_parts(self, gradient))
+            return
+        self.refuse_second()
+        pieces = PreparedPieces(engine, self, gradient)
+        if not pieces.broken:
+            self.optimizer.update_slices(self.param, pieces, self.optimizer.param_groups[self.group_index])
+
     def refuse_second(self) -> None:
         """A parameter is updated once in a step.
 
@@ -138,11 +170,18 @@ class Slot:
         if self.step == self.engine._step:
             raise RuntimeError(
                 "a parameter got a second gradient in one backward pass, after its update. Either the loss uses weights of a "
-                "block directly (a regulariser): use fuse(..., blocks=[]). Or its module is used several times under "
+                "block directly (a regulariser): use fuse(..., blocks=[]), or vocabulary_slices=False if it is the head's. Or its module is used several times under "
                 "reentrant checkpointing: use use_reentrant=False."
             )
 
-    def _refuse_nested(self) -> None:
+    def refuse_nested(self) -> None:
+        """Outside of its block a gradient must come from the pass that the engine has seen begin.
+
+        Raises:
+            RuntimeError: it comes from another.
+        """
+        if self.engine._graph_task in (None, _current_graph_task_id()):
+            return
         self.param.grad = None
         raise RuntimeError(
             "a gradient arrived from a nested backward pass: reentrant checkpointing does not work with a fused "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fused.slices import SliceIntake
 from ..log import get_logger
 from ..optim.shards import is_sharded
 from ..ranks import ALONE, Ranks
@@ -53,6 +54,7 @@ class ChunkedLoss:
     def __init__(self, model: Any, scale: float = 1.0, softcap: float | None = None) -> None:
         self.model, self.scale, self.softcap = model, scale, softcap
         self.ranks: Ranks = ALONE  # over whose tokens the mean is taken
+        self.intake: SliceIntake | None = None  # of the head's gradient in slices
         self.original = model.forward
         self._replaced = model.__dict__.get("forward")
         self._parameters = inspect.signature(self.original).parameters
@@ -158,7 +160,7 @@ class ChunkedLoss:
         if isinstance(head.__dict__.get("_lowtide_loss"), HeadForward):  # its weights may be away: it is a block
             total = head(hidden, shifted, **options)
         else:
-            total = linear_cross_entropy(hidden, head.weight, shifted, bias=head.bias, **options)
+            total = linear_cross_entropy(hidden, head.weight, shifted, bias=head.bias, intake=self.intake, **options)
         if over_ranks:
             loss = _MeanOverRanks.apply(total, (shifted != IGNORE_INDEX).sum())
         else:
@@ -230,6 +232,7 @@ class HeadForward:
 
     def __init__(self, head: nn.Linear) -> None:
         self.head, self.original = head, head.forward
+        self.intake: SliceIntake | None = None  # as in ChunkedLoss
         self._replaced = head.__dict__.get("forward")
 
     def install(self) -> None:
@@ -248,7 +251,9 @@ class HeadForward:
         """The logits; with labels the loss, see :func:`linear_cross_entropy`."""
         if labels is None:
             return self.original(hidden)
-        return linear_cross_entropy(hidden, self.head.weight, labels, bias=self.head.bias, **options)
+        return linear_cross_entropy(
+            hidden, self.head.weight, labels, bias=self.head.bias, intake=self.intake, **options
+        )
 
 
 class _HeadInput(dict[str, Any]):

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..fused.matmul16 import fast_matmuls
+from ..fused.slices import SliceIntake, Use
+from ..optim.sliced import SlicedGradient, rows_at_a_time
 
 IGNORE_INDEX = -100
 # Float32 logits alive at a time: 4 Mi elements are 16 MiB.
@@ -36,6 +38,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    intake: SliceIntake | None = None,
 ) -> Tensor:
     """Cross entropy of ``logits = cap(scale * (hidden @ weight.T + bias))`` against ``labels``, in slices.
 
@@ -47,6 +50,7 @@ def linear_cross_entropy(
         scale: factor on the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)``; None for none.
         reduction: "mean" over counted labels (NaN if there are none, as in torch) or "sum".
+        intake: takes the weight's gradient in slices; None to return it to autograd as a whole.
 
     Returns:
         float32, zero-dimensional.
@@ -65,7 +69,8 @@ def linear_cross_entropy(
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, counted)
     if torch.is_autocast_enabled(hidden.device.type):  # backward runs outside autocast: decide the dtype here, once
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    total = _LinearCrossEntropy.apply(hidden, weight, bias, labels.reshape(-1)[counted], scale, softcap)
+    use = intake.begin() if intake is not None and torch.is_grad_enabled() and weight.requires_grad else None
+    total = _LinearCrossEntropy.apply(hidden, weight, bias, labels.reshape(-1)[counted], scale, softcap, intake, use)
     return total if reduction == "sum" else total / counted.numel()
 
 
@@ -81,6 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         scale: float,
         softcap: float | None,
+        intake: SliceIntake | None,
+        use: Use | None,
     ) -> Tensor:
         highest = torch.full((hidden.shape[0],), -torch.inf, dtype=torch.float32, device=hidden.device)
         total = torch.zeros_like(highest)
@@ -96,46 +103,111 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 highest[tokens] = new_highest
         log_sum_exp = highest.add_(total.log_())
         ctx.save_for_backward(hidden, weight, labels, log_sum_exp, *(() if bias is None else (bias,)))
-        ctx.scale, ctx.softcap = scale, softcap
+        ctx.scale, ctx.softcap, ctx.intake, ctx.use = scale, softcap, intake, use
         return (log_sum_exp - target).sum()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_sum_exp, *rest = ctx.saved_tensors
-        bias = rest[0] if rest else None
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
-        part: Tensor | None = None
-        with fast_matmuls(weight):
-            for vocab, tokens in _slices(hidden.shape[0], weight.shape[0]):
-                part_bias = None if bias is None else bias[vocab]
-                logits = _logits(hidden[tokens], weight[vocab], part_bias, ctx.scale, ctx.softcap)
-                grad = _grad_logits(
-                    logits, labels[tokens], log_sum_exp[tokens], vocab, grad_output * ctx.scale, ctx.softcap
-                )
-                if grad_bias is not None:
-                    grad_bias[vocab] += grad.sum(dim=0)
-                grad = grad.to(hidden.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[tokens] += grad @ weight[vocab].to(hidden.dtype)
-                if grad_weight is not None:
-                    product = grad.t() @ hidden[tokens]
-                    if tokens.start == 0:
-                        part = product if tokens.stop >= hidden.shape[0] else product.float()
-                    else:
-                        part += product
-                    if tokens.stop >= hidden.shape[0]:
-                        grad_weight[vocab] = part
-        if grad_weight is not None and hidden.shape[0] == 0:
-            grad_weight.zero_()
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
+        bias = rest[0] if rest else None
+        gradient = _HeadGradient(
+            hidden, weight, bias, labels, log_sum_exp, grad_output, ctx.scale, ctx.softcap, need_hidden, need_bias
+        )
+        grad_weight: Tensor | None = None
+        if need_weight and (ctx.use is None or not ctx.intake.take(ctx.use, gradient, grad_output)):
+            grad_weight = torch.empty_like(weight)
+            for rows in gradient.row_slices():
+                grad_weight[rows] = gradient.part(rows)
+        gradient.finish()
+        grad_hidden = None if gradient.grad_hidden is None else gradient.grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, gradient.grad_bias, None, None, None, None, None
+
+
+class _HeadGradient(SlicedGradient):
+    """The gradient of the weight [V, H], a product for every slice; on the first walk those of hidden states and bias fall out of it.
+
+    They are made before a slice is handed out, so that its weights may be changed then.
+
+    Attributes:
+        grad_hidden: float32 [T, H], or None if it is not needed.
+        grad_bias: [V], or None.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        log_sum_exp: Tensor,
+        grad_output: Tensor,
+        scale: float,
+        softcap: float | None,
+        need_hidden: bool,
+        need_bias: bool,
+    ) -> None:
+        self.hidden, self.weight, self.labels = hidden, weight, labels
+        self.bias = None if bias is None else bias.clone()  # it may be updated before the last walk
+        self.log_sum_exp, self.factor, self.scale, self.softcap = log_sum_exp, grad_output * scale, scale, softcap
+        self.num_rows = weight.shape[0]
+        self.slice_rows = min(rows_at_a_time(*weight.shape), _slice_width(hidden.shape[0], self.num_rows))
+        self.grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
+        self.grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
+        self._first_row = 0  # up to here hidden states and bias have had theirs
+
+    def part(self, rows: slice) -> Tensor:
+        """See :class:`SlicedGradient`."""
+        found = self._visit(rows, of_weight=True)
+        assert found is not None
+        return found
+
+    def finish(self) -> None:
+        """Complete the gradients of hidden states and bias, if nobody has walked over the slices."""
+        if self.grad_hidden is None and self.grad_bias is None:
+            return
+        for rows in self.row_slices():
+            if rows.start >= self._first_row:
+                self._visit(rows, of_weight=False)
+
+    def _visit(self, vocab: slice, of_weight: bool) -> Tensor | None:
+        first = vocab.start >= self._first_row
+        if first:
+            self._first_row = vocab.stop
+        num_tokens = self.hidden.shape[0]
+        height = max(1, _MAX_LOGITS // (vocab.stop - vocab.start))
+        weight, bias = self.weight[vocab], None if self.bias is None else self.bias[vocab]
+        found: Tensor | None = None
+        with fast_matmuls(self.weight):
+            for start in range(0, num_tokens, height):
+                tokens = slice(start, start + height)
+                grad = self._grad_logits(tokens, vocab, weight, bias)
+                if first and self.grad_bias is not None:
+                    self.grad_bias[vocab] += grad.sum(dim=0)
+                grad = grad.to(self.hidden.dtype)
+                if first and self.grad_hidden is not None:
+                    self.grad_hidden[tokens] += grad @ weight.to(self.hidden.dtype)
+                if not of_weight:
+                    continue
+                product = grad.t() @ self.hidden[tokens]
+                if found is None:
+                    found = product if num_tokens <= height else product.float()
+                else:
+                    found += product
+        return torch.zeros_like(weight) if of_weight and found is None else found
+
+    def _grad_logits(self, tokens: slice, vocab: slice, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = _logits(self.hidden[tokens], weight, bias, self.scale, self.softcap)
+        return _grad_logits(logits, self.labels[tokens], self.log_sum_exp[tokens], vocab, self.factor, self.softcap)
+
+
+def _slice_width(num_tokens: int, vocab_size: int) -> int:
+    return min(vocab_size, max(_MIN_SLICE, _MAX_LOGITS // max(1, num_tokens)))
 
 
 def _slices(num_tokens: int, vocab_size: int) -> Iterator[tuple[slice, slice]]:
     """(vocabulary, tokens), all tokens of one vocabulary slice before the next."""
-    width = min(vocab_size, max(_MIN_SLICE, _MAX_LOGITS // max(1, num_tokens)))
+    width = _slice_width(num_tokens, vocab_size)
     height = max(1, min(num_tokens, _MAX_LOGITS // width))
     for start in range(0, vocab_size, width):
         for token in range(0, num_tokens, height):

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .adalomo_slices import FactoredSlices
 from .base import SIXTEEN_BIT, SummedOptimizer, compute_dtype, prepared
 from .prepare import Prepare
 from .rounding import paired_slices, slice_numel
 from .shards import is_sharded, like_param, local_part
+from .sliced import Pieces
 
 _ROW, _COL = "exp_avg_sq_row", "exp_avg_sq_col"  # their names in the state
 
@@ -97,11 +99,7 @@ class AdaLomo(SummedOptimizer):
         yield from pieces.update_moments(beta, group["eps"])
         sums = pieces.sums_of_squares()
         yield list(sums)
-        # Both stay tensors on the device: reading them would make the host wait once a parameter.
-        update_rms, param_rms = ((square / param.numel()).sqrt_() for square in sums)
-        lr = group["lr"] * param_rms.clamp_(min=group["param_scale_min"])
-        update_scale = lr / (update_rms / group["clip_threshold"]).clamp_(min=1.0)
-        decay = 1.0 - lr * group["weight_decay"] if group["weight_decay"] else None
+        update_scale, decay = _scales(sums, param.numel(), group)
         writer = self._writer(param, group, state["step"]) if param.dtype in SIXTEEN_BIT else None
         fast = None if writer is None else kernels.chosen(pieces.param, pieces.grad)
         if writer is not None and fast is not None:
@@ -118,6 +116,21 @@ class AdaLomo(SummedOptimizer):
             value.sub_(update.mul_(update_scale))
             if writer is not None:
                 writer.write(param_slice, value, offset)
+
+    num_slice_walks = 3
+
+    def update_slices(self, param: Tensor, pieces: Pieces, group: dict[str, Any]) -> None:
+        """See :class:`FusibleOptimizer`."""
+        state = self.state[param]
+        if "step" not in state:
+            self._init_state(param, state)
+        step = state["step"] + 1
+        slices = FactoredSlices(param, pieces, state[_ROW], state[_COL])
+        if not slices.update_moments(1.0 - step ** group["decay_rate"], group["eps"]):
+            return
+        state["step"] = step
+        update_scale, decay = _scales(slices.sums_of_squares(), param.numel(), group)
+        slices.apply(update_scale, decay, self._writer(param, group, step) if param.dtype in SIXTEEN_BIT else None)
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
         local = local_part(param)
@@ -139,6 +152,15 @@ class AdaLomo(SummedOptimizer):
         if entry == _ROW or (entry == _COL and param.dim() > 2):
             return is_sharded(param)
         return entry != _COL and super().state_is_sharded(param, entry, shape)
+
+
+def _scales(sums: Sequence[Tensor], numel: int, group: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """(What the update is multiplied with, what the weight is multiplied with before) from the two sums of squares."""
+    # They stay tensors on the device: reading them would make the host wait once a parameter.
+    update_rms, param_rms = ((square / numel).sqrt_() for square in sums)
+    lr = group["lr"] * param_rms.clamp_(min=group["param_scale_min"])
+    decay = 1.0 - lr * group["weight_decay"] if group["weight_decay"] else None
+    return lr / (update_rms / group["clip_threshold"]).clamp_(min=1.0), decay
 
 
 class _Full:

@@ -17,6 +17,7 @@ from .lost_updates import LostUpdates
 from .prepare import Prepare
 from .rounding import ROUNDINGS, mix_key
 from .shards import first_element, is_sharded, local_part, sum_over_shards
+from .sliced import Pieces
 from .writing import Compensated, Nearest, Stochastic, Writer
 
 # Parameter, gradient, its parameter group, and what is done to the gradient first.
@@ -141,6 +142,23 @@ class FusibleOptimizer(Optimizer):
         for param, grad, group, prepare in updates:
             self.update_param(param, grad, group, prepare)
 
+    # How often the rule walks over the slices of a gradient; 0: it needs the whole.
+    num_slice_walks = 0
+
+    def needs_all_rows(self, group: dict[str, Any]) -> bool:
+        """Whether an update changes rows whose gradient is zero."""
+        return bool(group.get("weight_decay", 0.0))
+
+    def update_slices(self, param: Tensor, pieces: Pieces, group: dict[str, Any]) -> None:
+        """:meth:`update_param` for a matrix whose gradient is made slice by slice, for rules with ``num_slice_walks``.
+
+        Args:
+            param: [V, H], contiguous.
+            pieces: the gradient; rows that are left out have none.
+            group: the parameter group it belongs to.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs whole gradients")
+
     def state_is_sharded(self, param: Tensor, entry: str, shape: torch.Size) -> bool:
         """Whether an entry of a parameter's state has the parameter's rows, and lies where they lie.
 
@@ -168,7 +186,7 @@ class FusibleOptimizer(Optimizer):
         if rounding == "nearest":
             return Nearest()
         if rounding == "compensated":
-            return Compensated(param, state)
+            return Compensated.of(param, state)
         if step is None:
             step = state[ROUNDING_STEP] = state.get(ROUNDING_STEP, 0) + 1
         return Stochastic(mix_key(group["rounding_seed"], self._param_index[param], step), first_element(param))

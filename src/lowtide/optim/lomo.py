@@ -17,6 +17,8 @@ from .base import SIXTEEN_BIT, FusibleOptimizer, compute_dtype, prepared
 from .prepare import Prepare
 from .rounding import paired_slices, slice_numel
 from .shards import local_part
+from .sliced import Pieces
+from .writing import Writer
 
 
 class Lomo(FusibleOptimizer):
@@ -47,14 +49,38 @@ class Lomo(FusibleOptimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "rounding": rounding, "rounding_seed": rounding_seed}
         super().__init__(params, defaults)
 
+    num_slice_walks = 1
+
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:
-        whole, param, grad = param, local_part(param), local_part(grad)
+        writer = self._writer(param, group) if param.dtype in SIXTEEN_BIT else None
+        self._apply(local_part(param), local_part(grad), group, prepare, writer)
+
+    def update_slices(self, param: Tensor, pieces: Pieces, group: dict[str, Any]) -> None:
+        """See :class:`FusibleOptimizer`: every slice is updated when it comes."""
+        writer: Writer | None = None
+        for rows, grad, prepare in pieces:
+            if writer is None and param.dtype in SIXTEEN_BIT:
+                writer = self._writer(param, group)
+            of_rows = None if writer is None else writer.of_rows(rows, param.shape[1])
+            if isinstance(rows, slice):
+                self._apply(param[rows], grad, group, prepare, of_rows)
+                continue
+            target = param.index_select(0, rows)
+            self._apply(target, grad, group, prepare, of_rows)
+            param.index_copy_(0, rows, target)
+            if of_rows is not None:
+                of_rows.put_back()
+
+    def _apply(
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None, writer: Writer | None
+    ) -> None:
+        """The update of the rows that are here; ``writer`` for 16-bit ones."""
         factor = 1.0 if prepare is None else prepare.factor
         if factor is not None:
             prepare = None  # it goes into the learning rate
         step_size, decay = group["lr"] * (1.0 if factor is None else factor), 1.0 - group["lr"] * group["weight_decay"]
-        if param.dtype in SIXTEEN_BIT:
-            self._update_16bit(whole, grad, group, prepare, step_size, decay)
+        if writer is not None:
+            _apply_16bit(param, grad, prepare, step_size, decay, writer)
             return
         if prepare is None:
             if decay != 1.0:
@@ -66,25 +92,19 @@ class Lomo(FusibleOptimizer):
                 param_slice.mul_(decay)
             param_slice.add_(prepared(grad_slice, compute_dtype(param), prepare), alpha=-step_size)
 
-    def _update_16bit(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        group: dict[str, Any],
-        prepare: Prepare | None,
-        step_size: float,
-        decay: float,
-    ) -> None:
-        writer = self._writer(param, group)
-        param = local_part(param)
-        if (fast := kernels.chosen(param, grad)) is not None:
-            options = {} if prepare is None else prepare.kernel_options
-            fast.lomo_step(param, grad, lr=step_size, decay=decay, **options, **writer.kernel_options(param))
-            return
-        dtype = compute_dtype(param)
-        for param_slice, grad_slice, offset in paired_slices(param, grad, slice_numel(param.device)):
-            value = writer.read(param_slice, offset)
-            if decay != 1.0:
-                value.mul_(decay)
-            value.add_(grad_slice if prepare is None else prepared(grad_slice, dtype, prepare), alpha=-step_size)
-            writer.write(param_slice, value, offset)
+
+def _apply_16bit(
+    param: Tensor, grad: Tensor, prepare: Prepare | None, step_size: float, decay: float, writer: Writer
+) -> None:
+    fast = kernels.chosen(param, grad) if writer.takes_kernels else None
+    if fast is not None:
+        options = {} if prepare is None else prepare.kernel_options
+        fast.lomo_step(param, grad, lr=step_size, decay=decay, **options, **writer.kernel_options(param))
+        return
+    dtype = compute_dtype(param)
+    for param_slice, grad_slice, offset in paired_slices(param, grad, slice_numel(param.device)):
+        value = writer.read(param_slice, offset)
+        if decay != 1.0:
+            value.mul_(decay)
+        value.add_(grad_slice if prepare is None else prepared(grad_slice, dtype, prepare), alpha=-step_size)
+        writer.write(param_slice, value, offset)

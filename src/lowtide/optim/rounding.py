@@ -82,6 +82,14 @@ def _xor_shift_right(x: Tensor, bits: int) -> None:
     x.bitwise_xor_(shifted)
 
 
+def _hash_(x: Tensor, key: int) -> None:
+    x.mul_(-1640531527).bitwise_xor_(key)  # 2^32 / golden ratio, as a signed number
+    for shift, factor in ((16, 0x7FEB352D), (15, -2073254261)):  # the multipliers of the "lowbias32" finaliser
+        _xor_shift_right(x, shift)
+        x.mul_(factor)
+    _xor_shift_right(x, 16)
+
+
 def noise16(numel: int, key: int, offset: int, device: torch.device) -> Tensor:
     """Uniform 16-bit noise for the elements ``offset`` to ``offset + numel`` of a tensor.
 
@@ -96,13 +104,30 @@ def noise16(numel: int, key: int, offset: int, device: torch.device) -> Tensor:
     """
     first, last = offset // 2, (offset + numel + 1) // 2
     x = torch.arange(first, last, dtype=torch.int32, device=device)
-    x.mul_(-1640531527).bitwise_xor_(key)  # 2^32 / golden ratio, as a signed number
-    for shift, factor in ((16, 0x7FEB352D), (15, -2073254261)):  # the multipliers of the "lowbias32" finaliser
-        _xor_shift_right(x, shift)
-        x.mul_(factor)
-    _xor_shift_right(x, 16)
+    _hash_(x, key)
     start = offset - 2 * first
     return x.view(torch.int16)[start : start + numel]
+
+
+def noise16_of_rows(rows: Tensor, num_columns: int, key: int, offset: int, numel: int) -> Tensor:
+    """The same noise for elements of some rows of a matrix.
+
+    Args:
+        rows: int64 [r], which rows of the matrix; they are looked at as one vector of r * num_columns elements.
+        num_columns: of the matrix.
+        key: as for :func:`noise16`.
+        offset: first element of the vector.
+        numel: how many elements.
+
+    Returns:
+        int16 [numel].
+    """
+    place = torch.arange(offset, offset + numel, device=rows.device)
+    position = rows[place // num_columns] * num_columns + place % num_columns
+    x = (position >> 1).to(torch.int32)
+    _hash_(x, key)
+    low, high = x.view(torch.int16).view(-1, 2).unbind(1)
+    return torch.where(position & 1 == 1, high, low)
 
 
 def round_stochastic_(target: Tensor, value: Tensor, key: int, offset: int = 0) -> None:
@@ -116,7 +141,11 @@ def round_stochastic_(target: Tensor, value: Tensor, key: int, offset: int = 0) 
         key: signed 32-bit key of this tensor and step, see :func:`mix_key`.
         offset: position of the first element in the flattened tensor that this is a slice of.
     """
-    noise = noise16(value.numel(), key, offset, value.device).view(value.shape)
+    round_with_noise_(target, value, noise16(value.numel(), key, offset, value.device).view(value.shape))
+
+
+def round_with_noise_(target: Tensor, value: Tensor, noise: Tensor) -> None:
+    """:func:`round_stochastic_` with this noise, int16 of the same shape."""
     if target.dtype == torch.bfloat16:
         # bfloat16 is the upper half of float32: add a random lower half (noise + 32768 is uniform in 0..65535), then
         # cut the lower half off. A carry moves the upper half to the next number away from zero.

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rounding import compensation_like, read_compensated, round_compensated_, round_stochastic_
+from .rounding import (
+    compensation_like,
+    noise16_of_rows,
+    read_compensated,
+    round_compensated_,
+    round_stochastic_,
+    round_with_noise_,
+)
 from .shards import like_param, local_part
 
 COMPENSATION = "compensation"  # its name in the optimizer's state
@@ -31,6 +38,23 @@ class Nearest:
     def write(self, target: Tensor, value: Tensor, offset: int) -> None:
         """Write a slice; ``value`` may be destroyed."""
         target.copy_(value)
+
+    def of_rows(self, rows: slice | Tensor, num_columns: int) -> Nearest:
+        """The writer of some rows of this matrix, [r, num_columns], as if they were a parameter.
+
+        Args:
+            rows: a slice, or int64 [r]; then they are written into a copy, and :meth:`put_back` follows.
+            num_columns: of the matrix.
+        """
+        return self
+
+    def put_back(self) -> None:
+        """The copy of these rows has been written."""
+
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether ``kernel_options`` say all there is."""
+        return True
 
 
 class Stochastic(Nearest):
@@ -52,19 +76,59 @@ class Stochastic(Nearest):
         """Write a slice; destroys ``value``."""
         round_stochastic_(target, value, self.key, self.start + offset)
 
+    def of_rows(self, rows: slice | Tensor, num_columns: int) -> Nearest:
+        """See :class:`Nearest`."""
+        if isinstance(rows, slice):
+            return Stochastic(self.key, self.start + rows.start * num_columns)
+        return _StochasticRows(self.key, rows, num_columns)
+
+
+class _StochasticRows(Nearest):
+    """Rows from here and there, whose noise is that of their place in the matrix."""
+
+    def __init__(self, key: int, rows: Tensor, num_columns: int) -> None:
+        self.key, self.rows, self.num_columns = key, rows, num_columns
+
+    @property
+    def takes_kernels(self) -> bool:
+        return False
+
+    def write(self, target: Tensor, value: Tensor, offset: int) -> None:
+        noise = noise16_of_rows(self.rows, self.num_columns, self.key, offset, value.numel())
+        round_with_noise_(target, value, noise.view(value.shape))
+
 
 class Compensated(Nearest):
     """Keeps what is rounded away in the optimizer's state.
 
     Args:
-        param: the parameter.
-        state: its optimizer state, where ``compensation`` is made when it is missing.
+        compensation: see :func:`lowtide.optim.rounding.compensation_like`; of the rows that are here.
     """
 
-    def __init__(self, param: Tensor, state: dict[str, Any]) -> None:
+    def __init__(self, compensation: Tensor) -> None:
+        self.compensation = compensation
+        self._put_back: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, param: Tensor, state: dict[str, Any]) -> Compensated:
+        """For a parameter, in whose optimizer state ``compensation`` is made when it is missing."""
         if COMPENSATION not in state:
             state[COMPENSATION] = like_param(param, compensation_like(local_part(param)), param.shape)
-        self.compensation = local_part(state[COMPENSATION])
+        return cls(local_part(state[COMPENSATION]))
+
+    def of_rows(self, rows: slice | Tensor, num_columns: int) -> Nearest:
+        """See :class:`Nearest`."""
+        if isinstance(rows, slice):
+            return Compensated(self.compensation[rows])
+        found = Compensated(self.compensation.index_select(0, rows))
+        found._put_back = self.compensation, rows
+        return found
+
+    def put_back(self) -> None:
+        """See :class:`Nearest`."""
+        if self._put_back is not None:
+            whole, rows = self._put_back
+            whole.index_copy_(0, rows, self.compensation)
 
     def kernel_options(self, param: Tensor) -> dict[str, Any]:
         """See :class:`Nearest`."""

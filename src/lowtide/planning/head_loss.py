@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..optim.base import SIXTEEN_BIT
+from ..optim.sliced import rows_at_a_time
 from .tracing import GRADIENTS, LOGITS, MemoryTrace
 
 # As in models/loss.py: float32 logits alive at a time, and the narrowest slice of the vocabulary.
@@ -23,12 +24,12 @@ MIN_SLICE = 1024
 class HeadLoss(torch.autograd.Function):
     """hidden [T, H], weight [V, H] -> a float32 number; slices and lifetimes are those of the real one.
 
-    In its loops a slice of logits lives until the next one has been made, and so does a slice of the weight's gradient.
+    With ``in_slices`` the weight's gradient is handed out slice by slice (``optim/sliced.py``), now or later. In its loops a slice of logits lives until the next one has been made, and so does a slice of the weight's gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, trace: MemoryTrace, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.trace = trace
+    def forward(ctx: Any, trace: MemoryTrace, hidden: Tensor, weight: Tensor, in_slices: bool = False) -> Tensor:
+        ctx.trace, ctx.in_slices = trace, in_slices
         highest, total, target = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
         with trace.kind(LOGITS):
             for height, width in _first_slices(hidden.shape[0], weight.shape[0]):
@@ -43,24 +44,27 @@ class HeadLoss(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[1:3]
         grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if need_hidden else None
         with ctx.trace.kind(GRADIENTS):
-            grad_weight = torch.empty_like(weight) if need_weight else None
-        part = product = None
-        with ctx.trace.kind(LOGITS):
-            for height, width in _first_slices(hidden.shape[0], weight.shape[0]):
-                logits = _logits(ctx.trace, hidden, weight, height, width)
+            grad_weight = torch.empty_like(weight) if need_weight and not ctx.in_slices else None
+        found = product = None
+        width, height = slice_shape(hidden.shape[0], weight.shape[0], rows_at_a_time(*weight.shape))
+        with ctx.trace.kind(LOGITS):  # a slice of the vocabulary is done before the next one begins
+            for start in range(0, hidden.shape[0], height):
+                count = min(height, hidden.shape[0] - start)
+                logits = _logits(ctx.trace, hidden, weight, count, width)
                 grad = logits.to(hidden.dtype)
+                del logits
                 if need_hidden:
-                    hidden.new_empty((height, hidden.shape[1]))
+                    hidden.new_empty((count, hidden.shape[1]))
                     if hidden.dtype in SIXTEEN_BIT:
-                        ctx.trace.product(height, width, hidden.shape[1])
+                        ctx.trace.product(count, width, hidden.shape[1])
                 if need_weight:
                     product = hidden.new_empty((width, hidden.shape[1]))
                     if hidden.dtype in SIXTEEN_BIT:
-                        ctx.trace.product(width, height, hidden.shape[1])
-                    # a sum over slices of the tokens is float32
-                    part = product if height == hidden.shape[0] else product.to(torch.float32)
-            del logits, grad, part, product
-        return None, None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
+                        ctx.trace.product(width, count, hidden.shape[1])
+                    if found is None:  # a sum over slices of the tokens is float32
+                        found = product if count == hidden.shape[0] else product.to(torch.float32)
+            del grad, found, product
+        return None, None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None
 
 
 def _first_slices(num_tokens: int, vocab_size: int) -> list[tuple[int, int]]:
@@ -71,9 +75,10 @@ def _first_slices(num_tokens: int, vocab_size: int) -> list[tuple[int, int]]:
     return [(count, width) for count in [*rows, *again]]
 
 
-def slice_shape(num_tokens: int, vocab_size: int) -> tuple[int, int]:
-    """(width, height) of the largest slice of logits: columns of the vocabulary, rows of tokens."""
+def slice_shape(num_tokens: int, vocab_size: int, most: int | None = None) -> tuple[int, int]:
+    """(width, height) of the largest slice of logits: columns of the vocabulary, at most so many, and rows of tokens."""
     width = min(vocab_size, max(MIN_SLICE, MAX_LOGITS // max(1, num_tokens)))
+    width = width if most is None else min(width, most)
     return width, max(1, min(num_tokens, MAX_LOGITS // width))
 
 

@@ -98,7 +98,7 @@ class StepShape:
             gathered: its weights are spread over ranks, and ``step`` has no updates: these are of a rank's rows, see ``sharded.py``.
         """
         other = copy.copy(self)
-        for name in ("step", "largest_activations"):
+        for name in ("step", "step_in_slices", "largest_activations"):
             other.__dict__.pop(name, None)
         other.batch_size, other.seq_len, other._working, other.gathered = batch_size, seq_len, {}, gathered
         return other
@@ -139,7 +139,18 @@ class StepShape:
 
     @cached_property
     def step(self) -> StepTrace:
-        """The step outside its blocks."""
+        """The step outside its blocks, with whole gradients of head and embedding."""
+        return self._traced()
+
+    @cached_property
+    def step_in_slices(self) -> StepTrace:
+        """The same where these gradients come in slices, as ``fuse(vocabulary_slices=None)`` chooses."""
+        if self.gathered or self.optimizer not in ("lomo", "adalomo"):
+            return self.step
+        head = self.optimizer == "lomo" and self.dtype != torch.float16
+        return self._traced(head_in_slices=head, embedding_in_rows=True)
+
+    def _traced(self, **slices: bool) -> StepTrace:
         update = update_temporaries(self.optimizer, self.device) if not self.gathered else _nothing
         try:
             return trace_step(
@@ -150,6 +161,7 @@ class StepShape:
                 masked=self.masked,
                 two_passes=self.exact_clipping,
                 update=update,
+                **slices,
                 **self._trace_options,
             )
         except Exception as error:  # whatever a model of someone else's does with tensors that have no memory
@@ -235,7 +247,7 @@ class StepShape:
         if self.device == "cpu":  # host memory is where weights are computed on: nothing moves
             of = {name: "device" if home == "host" else home for name, home in of.items()}
         measure = self.working_sets(size, applies=False) if self.exact_clipping else ()
-        device, host = self.step.peak(self.working_sets(size), measure, trims_around(self)), Bytes()
+        device, host = self.step_in_slices.peak(self.working_sets(size), measure, trims_around(self)), Bytes()
         if block_inputs == "host" and self.device != "cpu":
             device, host = self._inputs_in_host_memory(device)
         weights = self._weights_by_home(of)

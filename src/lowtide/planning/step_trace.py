@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..optim.sliced import rows_at_a_time
 from .attention import fused_attention
 from .block_trace import BlockCall, Transient
 from .head_loss import HeadLoss
@@ -37,6 +38,8 @@ def trace_step(
     masked: bool,
     two_passes: bool,
     update: Transient,
+    head_in_slices: bool = False,
+    embedding_in_rows: bool = False,
     **options: Any,
 ) -> StepTrace:
     """Run one training step of a causal language model on the meta device.
@@ -48,12 +51,14 @@ def trace_step(
         masked: the batch is padded or packed, so that the model makes an attention mask [B, 1, S, S].
         two_passes: the norm of the gradients is measured before the pass that updates.
         update: temporaries that updating a parameter needs.
+        head_in_slices, embedding_in_rows: their gradients are not whole, see ``vocabulary_slices`` of :func:`lowtide.fuse`.
         options: of :class:`MemoryTrace`.
 
     Raises:
         Exception: whatever the model raises where it cannot run on the meta device.
     """
     tracer = _StepTracer(model, blocks, update, MemoryTrace(answer=not masked, **options))
+    tracer.head_in_slices, tracer.embedding_in_rows = head_in_slices, embedding_in_rows
     with torch.device("meta"), fused_attention(), tracer.installed(), tracer.trace:
         batch = _batch(batch_size, seq_len, masked)
         loss = tracer.loss(batch)
@@ -89,6 +94,10 @@ class _StepTracer:
         self.calls: list[BlockCall] = []
         self._kept: dict[int, int] = {}
         self._sums: dict[Tensor, Tensor] = {}
+        self.head_in_slices = self.embedding_in_rows = False
+        self._in_slices: list[
+            tuple[Tensor, list[Tensor]]
+        ] = []  # matrices, and what is kept until the end of the pass for them
 
     @property
     def kept_bytes(self) -> int:
@@ -102,7 +111,26 @@ class _StepTracer:
         for param in self._outside:
             handle = param.register_post_accumulate_grad_hook(self._on_grad)
             stack.callback(handle.remove)
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        if self.embedding_in_rows and type(embedding).forward is nn.Embedding.forward:
+            stack.enter_context(patch.object(embedding, "forward", self._rows_of(embedding)))
         return stack
+
+    def _rows_of(self, embedding: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda input: _Rows.apply(self, embedding.weight, input)
+
+    def in_slices(self, param: Tensor, *kept: Tensor) -> None:
+        """A gradient that is made slice by slice: now, or at the end of the pass, until when these are kept."""
+        if self._outside[param] > 1:
+            self._in_slices.append((param, list(kept)))
+        else:
+            self._visit_slices(param, kept)
+
+    def _visit_slices(self, param: Tensor, kept: Sequence[Tensor]) -> None:
+        rows = rows_at_a_time(*param.shape)
+        piece = 4 * rows * param.shape[1]
+        extra = added(self.update(param[:rows]), {GRADIENTS: piece}) if self.phase == "backward" else {GRADIENTS: piece}
+        self.trace.transient(extra)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss with its graph, as ``models/loss.py`` computes it."""
@@ -112,10 +140,16 @@ class _StepTracer:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
         counted = torch.empty(labels.numel(), dtype=torch.int64)
         hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, counted)
-        return HeadLoss.apply(self.trace, hidden, model.get_output_embeddings().weight)
+        weight = model.get_output_embeddings().weight
+        if self.head_in_slices and hidden.requires_grad:
+            hidden.register_hook(lambda _: self.in_slices(weight, hidden.detach()))
+        return HeadLoss.apply(self.trace, hidden, weight, self.head_in_slices)
 
     def finish(self) -> None:
-        """The end of a pass: what was summed is used."""
+        """The end of a pass: what was summed is used, and what is made in slices."""
+        for param, kept in self._in_slices:
+            self._visit_slices(param, kept)
+        self._in_slices = []
         while self._sums:
             param, grad = self._sums.popitem()
             self._apply(param)
@@ -182,7 +216,8 @@ class _StepTracer:
     @torch.no_grad()
     def _on_grad(self, param: Tensor) -> None:
         grad, param.grad = param.grad, None
-        assert grad is not None
+        if grad is None:
+            return  # it comes in slices
         self.trace.retag(grad, GRADIENTS)
         if self._outside[param] == 1:
             self._apply(param)
@@ -210,6 +245,20 @@ def _uncounted_like(tensor: Tensor) -> Tensor:
     with torch.utils._python_dispatch._disable_current_modes():
         like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return like.requires_grad_(tensor.requires_grad)
+
+
+class _Rows(torch.autograd.Function):
+    """An embedding that gives the rows of its gradient to the tracer."""
+
+    @staticmethod
+    def forward(ctx: Any, tracer: _StepTracer, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.tracer, ctx.weight = tracer, weight
+        return torch.nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        ctx.tracer.in_slices(ctx.weight, grad.detach())
+        return None, None, None
 
 
 class _StandIn(torch.autograd.Function):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..optim.base import SIXTEEN_BIT, compute_dtype
+from ..optim.kernels import native
 from ..optim.rounding import slice_numel
 from .tracing import TEMPORARIES, Bytes
 
@@ -56,13 +57,15 @@ def temporary_bytes(param: Tensor, optimizer: str, device: str) -> int:
     Args:
         param: as for :func:`state_bytes`.
         optimizer: adalomo, lomo, adamw or sgd.
-        device: "cpu", or "cuda" where slices are longer and 16-bit weights are written by a kernel without temporaries.
+        device: "cpu", or "cuda" where slices are longer and 16-bit weights are written by a kernel without temporaries, as
+            bfloat16 ones are on a CPU with a compiler.
     """
     _check(optimizer)
     sixteen_bit = param.dtype in SIXTEEN_BIT
     count = _TEMPORARIES[optimizer][sixteen_bit]
-    if device != "cpu" and sixteen_bit and optimizer in _SLICED:
-        count = 2 if optimizer == "adalomo" else 0  # the gradient and its square, for the moments
+    in_kernels = device != "cpu" or (param.dtype == torch.bfloat16 and native.available())
+    if in_kernels and sixteen_bit and optimizer in _SLICED:
+        count = 3 if optimizer == "adalomo" else 0  # the gradient, the weight and its square, for the root mean squares
     numel = min(param.numel(), slice_numel(torch.device(device))) if optimizer in _SLICED else param.numel()
     return count * numel * compute_dtype(param).itemsize
 

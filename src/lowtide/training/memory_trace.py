@@ -77,7 +77,10 @@ class MemoryTrace:
         handles.append(engine.model.register_forward_hook(self._at_output))
         names: dict[Tensor, str] = {param: name for name, param in engine.model.named_parameters()}
         for slot in engine._slots.values():
-            _hook(slot, self._at_gradient(slot, names.get(slot.param, "a parameter")))
+            name = names.get(slot.param, "a parameter")
+            _hook(slot, self._at_gradient(slot, name))
+            if slot.intake is not None:
+                slot.intake.observer = self._at_slice(name)
         self._start = time.perf_counter()
         self._at_border("before the step")
         thread = threading.Thread(target=self._watch, args=(done,), name="lowtide-memory", daemon=True)
@@ -93,6 +96,8 @@ class MemoryTrace:
                 handle.remove()
             for slot in engine._slots.values():
                 _hook(slot, slot.on_grad)
+                if slot.intake is not None:
+                    slot.intake.observer = None
 
     def to_event(self) -> dict[str, Any]:
         """Of the moments at most 300: of every stretch of the step the fullest, and the one with the most gradients."""
@@ -165,6 +170,21 @@ class MemoryTrace:
                 self._fresh, self._held[slot] = 0, held_bytes(slot)
 
         return on_grad
+
+    def _at_slice(self, name: str) -> Callable[[Tensor], None]:
+        """Of a vocabulary matrix: it is gone when the next one comes, or something else."""
+
+        def observer(grad: Tensor) -> None:
+            where = f"{self._pass()}, {name}"
+            if where != self._where:
+                self._at_border(where)
+            with self._lock:
+                self._fresh = grad.nbytes
+            self._take()
+            with self._lock:
+                self._fresh = 0
+
+        return observer
 
     def _pass(self) -> str:
         return _NORM if self._engine._measuring else "backward"

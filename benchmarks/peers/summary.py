@@ -1,0 +1,89 @@
+"""Medians over the rounds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .methods import METHODS
+from .rows import SETTINGS
+from .shapes import GROWTH
+
+Row = dict[str, str]
+BASE = "lowtide-lomo"  # step times are given as ratios to its
+GROUP = tuple(name for name in SETTINGS if name != "method")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method in one group.
+
+    Attributes:
+        ratios: of the step to lowtide Lomo's, one for every round that both have.
+    """
+
+    method: str
+    rounds: int
+    peak_bytes: float
+    above_bytes: float
+    parameters: int
+    step_s: float
+    tokens_per_s: float
+    ratios: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float | None:
+        return statistics.median(self.ratios) if self.ratios else None
+
+    @property
+    def weights(self) -> float:
+        """Memory above the imports, in units of the weights in bfloat16."""
+        return self.above_bytes / (2 * self.parameters)
+
+
+def groups(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """Rows that may be compared with each other, by what they have in common (``GROUP``)."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in GROUP), []).append(row)
+    return found
+
+
+def is_only_growth(rows: Iterable[Row]) -> bool:
+    """They are those of a growth and of its few methods, and no comparison of all."""
+    cases = {case for each in GROWTH.values() for case in each}
+    return all(
+        METHODS[row["method"]].growth and (row["model"], int(row["batch_size"]), int(row["seq_len"])) in cases
+        for row in rows
+    )
+
+
+def seconds(row: Row) -> float:
+    """Of a step; where there was one step only, its."""
+    return float(row["step_s"] or row["first_step_s"])
+
+
+def results(rows: list[Row]) -> tuple[list[Result], dict[str, str]]:
+    """What was measured in one group, in the order of ``METHODS``, and what could not be, with its reason."""
+    base = {row["round"]: seconds(row) for row in rows if row["method"] == BASE and row["status"] == "ok"}
+    found, failed = [], {}
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method]
+        good = [row for row in own if row["status"] == "ok"]
+        if own and not good:
+            failed[method] = own[-1]["status"]
+        if good:
+            found.append(
+                Result(
+                    method,
+                    len(good),
+                    statistics.median(int(row["peak_bytes"]) for row in good),
+                    statistics.median(int(row["peak_bytes"]) - int(row["baseline_bytes"]) for row in good),
+                    int(good[-1]["num_parameters"]),
+                    statistics.median(seconds(row) for row in good),
+                    statistics.median(float(row["tokens_per_s"]) for row in good),
+                    tuple(seconds(row) / base[row["round"]] for row in good if row["round"] in base),
+                )
+            )
+    return found, failed
