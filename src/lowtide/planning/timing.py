@@ -2,7 +2,7 @@
 
 Operations: 2 for each parameter of a matrix and token in a forward pass (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and
 as many for scores and values of causal attention over half the square of the sequence. A block is run forward, run forward
-again, and backward at twice that; exact clipping repeats the latter two.
+again, and backward at twice that; exact clipping repeats the latter two. The head has as many: logits, logits again, two gradients.
 
 Bytes: a streamed block is read once for each of these passes over the model and written once. Transfers run beside the
 computation, so the slowest of computation, bus and disk decides.
@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .footprint import Unit
@@ -118,7 +119,15 @@ def step_flops(shape: StepShape) -> float:
     attention = len(shape.blocks) * 2 * tokens * shape.seq_len * _attention_width(shape)
     model: Any = shape.model
     head = 2 * tokens * model.get_output_embeddings().weight.numel()
-    return float(passes * (layers + attention + head))
+    return float(passes * (layers + attention + head) + _repeated_logits(shape) * head)
+
+
+def _repeated_logits(shape: StepShape) -> int:
+    """Times that logits are made again because the gradient of a tied matrix comes in slices at the end (``models/vocabulary.py``)."""
+    in_slices = shape.optimizer == "lomo" and not shape.gathered and shape.dtype != torch.float16
+    if not in_slices or not shape.units[-1].is_layer:
+        return 0
+    return 2 if shape.exact_clipping else 1
 
 
 def update_seconds(params: Iterable[Tensor], shape: StepShape, speeds: Speeds) -> float:
