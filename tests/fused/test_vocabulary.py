@@ -94,9 +94,7 @@ def test_same_as_with_whole_gradients(tied, rule, options):
 def test_bfloat16_rows_round_as_in_the_whole_matrix(rule, how, native, monkeypatch):
     if not native:
         monkeypatch.setattr(kernels.native, "takes", lambda tensor: False)
-    monkeypatch.setattr(
-        loss_module, "_MAX_LOGITS", 64 * 40
-    )  # all tokens at once: in parts they are summed up in float32
+    monkeypatch.setattr(loss_module, "_MAX_LOGITS", 64 * 40)  # all tokens at once: in parts they are summed up in float32
     options = {"tied": False, "dtype": torch.bfloat16, "rule": rule, "rounding": how}
     got, *_ = trained(True, steps=1, **options)
     expected, *_ = trained(False, steps=1, **options)
