@@ -41,6 +41,14 @@ def test_computation_is_divided_and_traffic_is_not(timed, tiny_shape):
     assert two.flops == step_flops(tiny_shape(batch_size=4, changes={"tie_word_embeddings": False}))
 
 
+def test_each_rank_updates_its_rows(timed):
+    slow_memory = Speeds(1e15, 1e9, 1e9, 1e9, 1e9, dict.fromkeys(NAMES, "given"), memory=1e6)
+    two, eight = (timed(ranks, speeds=slow_memory) for ranks in (2, 8))
+    assert two.update_s == pytest.approx(4 * eight.update_s, rel=0.1)  # rows are padded
+    assert two.compute_s == two.flops / 1e15 + two.update_s
+    assert timed(offload=True, speeds=slow_memory).update_s == 0
+
+
 def test_passes_of_exact_clipping(timed):
     plain, clipped = timed(), timed(exact_clipping=True)
     assert clipped.gather_bytes / plain.gather_bytes == pytest.approx(3 / 2)

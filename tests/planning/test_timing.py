@@ -18,9 +18,11 @@ def homes_of(shape, home):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
 def test_operations_are_those_of_a_forward_pass_four_times(family):
-    config = tiny_config(family, use_cache=False)
+    config = tiny_config(family, use_cache=False, tie_word_embeddings=False)
     shape = StepShape(config, find_blocks=find_blocks, dtype=torch.float32, batch_size=2, seq_len=32)
-    model = tiny_model(family, attn_implementation="eager", experts_implementation="eager", use_cache=False)
+    model = tiny_model(
+        family, attn_implementation="eager", experts_implementation="eager", use_cache=False, tie_word_embeddings=False
+    )
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(input_ids=torch.zeros(2, 32, dtype=torch.int64))
@@ -30,7 +32,29 @@ def test_operations_are_those_of_a_forward_pass_four_times(family):
 
 
 def test_exact_clipping_costs_three_quarters_more(tiny_shape):
-    assert step_flops(tiny_shape(exact_clipping=True)) == 1.75 * step_flops(tiny_shape())
+    untied = {"tie_word_embeddings": False}
+    assert step_flops(tiny_shape(exact_clipping=True, changes=untied)) == 1.75 * step_flops(tiny_shape(changes=untied))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("rule", "optimizer"), [(lowtide.Lomo, "lomo"), (lowtide.AdaLomo, "adalomo")])
+def test_operations_are_those_of_a_real_step(rule, optimizer, tied, clip):
+    """The head is most of this model, so that a product with it more or less would show."""
+    changes = {"tie_word_embeddings": tied, "vocab_size": 2000, "attn_implementation": "eager", "use_cache": False}
+    model = tiny_model(**changes)
+    engine = lowtide.fuse(model, rule(model.parameters(), lr=1e-3), clip_grad_norm=clip)
+    ids = torch.randint(3, 2000, (2, 32))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        engine.backward(model(input_ids=ids, labels=ids).loss)
+    engine.remove()
+    shape = StepShape(
+        tiny_config(tie_word_embeddings=tied, vocab_size=2000), find_blocks=find_blocks, dtype=torch.float32, batch_size=2, seq_len=32,
+        optimizer=optimizer, exact_clipping=clip is not None,
+    )  # fmt: skip
+    attention = 3 * 2 * (2 * 32) * 32 * 32 * (7 if clip else 4)  # see above
+    assert step_flops(shape) + attention == pytest.approx(counter.get_total_flops(), rel=0.04)  # 31 of 32 tokens count
 
 
 def test_the_slowest_lane_decides(tiny_shape):
@@ -46,6 +70,29 @@ def test_the_slowest_lane_decides(tiny_shape):
         assert found.bottleneck == bottleneck
         lanes = {"compute": found.compute_s, "PCIe": found.bus_s, "disk": found.disk_s}
         assert found.step_s == max(lanes.values()) + found.exposed_s == lanes[bottleneck] + found.exposed_s
+
+
+def test_updates_take_the_time_of_their_bytes(tiny_shape):
+    shape = tiny_shape(device="cuda", dtype=torch.bfloat16, optimizer="lomo")
+    speeds = Speeds(1e9, 1e9, 1e9, 1e9, 1e9, GIVEN, memory=1e6)
+    found = step_time(shape, homes_of(shape, "device"), "device", speeds)
+    # gradient and weight are read, the weight is written
+    assert found.update_s == pytest.approx(3 * 2 * shape.num_parameters / 1e6)
+    assert found.compute_s == pytest.approx(found.flops / 1e9 + found.update_s)
+    clipped = tiny_shape(device="cuda", dtype=torch.bfloat16, optimizer="lomo", exact_clipping=True)
+    assert step_time(clipped, homes_of(shape, "device"), "device", speeds).update_s == pytest.approx(
+        found.update_s * 4 / 3
+    )
+
+
+def test_what_is_updated_while_weights_travel_needs_fewer_tokens(tiny_shape):
+    shape = tiny_shape(device="cuda")
+    without, counted = (
+        step_time(shape, homes_of(shape, "host"), "device", Speeds(1e9, 1e6, 1e6, 1e6, 1e6, GIVEN, memory=memory))
+        for memory in (None, 1e7)
+    )
+    assert without.update_s == 0
+    assert 0 < counted.tokens_to_hide < without.tokens_to_hide
 
 
 def test_nothing_moves_where_everything_is_on_the_device(tiny_shape):

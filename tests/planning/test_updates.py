@@ -4,7 +4,7 @@ import torch
 import lowtide
 from lowtide.optim.rounding import CPU_SLICE_NUMEL
 from lowtide.planning.tracing import MemoryTrace
-from lowtide.planning.updates import OPTIMIZERS, state_bytes, temporary_bytes
+from lowtide.planning.updates import OPTIMIZERS, state_bytes, temporary_bytes, update_traffic
 
 LARGE = (3 * CPU_SLICE_NUMEL // 512, 512)
 CASES = [(torch.float32, None)] + [(torch.bfloat16, rounding) for rounding in ("nearest", "stochastic", "compensated")]
@@ -46,3 +46,12 @@ def test_slices_are_longer_on_a_gpu_and_kernels_need_none():
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="optimizer must be one of"):
         state_bytes(torch.empty(1), "adam", None)
+
+
+def test_bytes_that_an_update_moves():
+    param = torch.empty(512, 256, dtype=torch.bfloat16, device="meta")
+    moved = {name: update_traffic(param, name, "stochastic") / param.numel() for name in OPTIMIZERS}
+    assert moved["lomo"] == moved["sgd"] == 6
+    assert moved["adalomo"] == pytest.approx(12, rel=0.01)  # and two vectors
+    assert moved["adamw"] == pytest.approx(6 + 16, rel=0.01)
+    assert update_traffic(param, "lomo", "compensated") / param.numel() == 6 + 4

@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--pcie", "between host memory and device, each way"),
         ("--disk-read", "from the disk"),
         ("--disk-write", "to the disk"),
+        ("--memory-bandwidth", "between the device and its own memory"),
     ):
         room.add_argument(flag, type=rate, metavar="RATE", help=f"bytes a second {text}, as 12GB/s")
     room.add_argument("--no-measure", action="store_true", help="assume every speed that is not given")
@@ -269,6 +270,7 @@ def _speeds(args: argparse.Namespace, shape: StepShape, device: str) -> Speeds:
         "from_device": args.pcie,
         "disk_read": args.disk_read,
         "disk_write": args.disk_write,
+        "memory": args.memory_bandwidth,
     }
     uses_disk = args.disk is not None or args.weights == "disk"
     return find_speeds(

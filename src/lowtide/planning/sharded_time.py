@@ -3,7 +3,7 @@
 Each unit (embedding, decoder layer, head) is gathered once a pass over the model, and its gradients are scattered once a pass backward,
 whatever the number of micro-batches; either moves (N - 1) / N of it to a rank, and as much from it, for N ranks that share its rows. Where
 there are copies of the rows, an all-reduce of a rank's rows between them follows: twice (C - 1) / C of these for C copies.
-On a GPU that runs beside the computation, on a CPU one waits for the other.
+On a GPU that runs beside the computation, on a CPU one waits for the other. Each rank updates its own rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .footprint import sum_bytes
 from .sharded import Sharding, own_rows, unit_elements
 from .speeds import Speeds
 from .step_shape import StepShape
-from .timing import step_flops
+from .timing import step_flops, update_seconds
 
 # Between CPUs, where nothing is given: Ethernet of 10 Gbit/s. Between GPUs it is the bus, see ``speeds.py``.
 ASSUMED_CPU_LINK = 1.25e9
@@ -44,6 +44,7 @@ class ShardedTime:
     Attributes:
         step_s: seconds of a step.
         compute_s, link_s, bus_s: seconds that each would take alone; the bus is between host memory and GPU.
+        update_s: of a rank's rows, part of ``compute_s``; 0 where the host updates them, whose speed is not known.
         exposed_s: of the first gather, which nothing can hide; 0 where nothing is hidden.
         bottleneck: "compute", "link" or "PCIe".
         flops: operations of a rank.
@@ -54,6 +55,7 @@ class ShardedTime:
     compute_s: float
     link_s: float
     bus_s: float
+    update_s: float
     exposed_s: float
     bottleneck: str
     flops: float
@@ -104,11 +106,14 @@ def sharded_time(rank: StepShape, sharding: Sharding, speeds: Speeds, link: Link
     reduced = num_backward * 2 * (copies - 1) / copies * own_gradients
     link_s = (gathered + scattered) / link.rank_s + reduced / link.node_s
     flops = step_flops(rank)
-    compute_s = flops / speeds.flops
+    update_s = 0.0
     bus_s = 0.0
     if sharding.offload and rank.device != "cpu":
         own = sum_bytes(own_rows(param, shards) for param in rank.model.parameters())
         bus_s = max((1 + num_backward) * own / speeds.to_device, num_backward * own / speeds.from_device)
+    else:
+        update_s = update_seconds((own_rows(param, shards) for param in rank.model.parameters()), rank, speeds)
+    compute_s = flops / speeds.flops + update_s
     lanes = {"compute": compute_s, "link": link_s, "PCIe": bus_s}
     first = unit_elements(rank.model.get_submodule(rank.units[0].name), shards) * rank.dtype.itemsize
     exposed_s = share * first / link.rank_s if rank.device != "cpu" else 0.0
@@ -117,6 +122,7 @@ def sharded_time(rank: StepShape, sharding: Sharding, speeds: Speeds, link: Link
         compute_s=compute_s,
         link_s=link_s,
         bus_s=bus_s,
+        update_s=update_s,
         exposed_s=exposed_s,
         bottleneck=max(lanes, key=lambda name: lanes[name]),
         flops=flops,

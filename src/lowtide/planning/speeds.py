@@ -17,16 +17,17 @@ from ..log import get_logger
 
 _logger = get_logger(__name__)
 
-NAMES = ("flops", "to_device", "from_device", "disk_read", "disk_write")
+NAMES = ("flops", "to_device", "from_device", "disk_read", "disk_write", "memory")
 
 # Where nothing can be measured. GPU: half the 71 TFLOP/s of an RTX 3090 (NVIDIA GA102 whitepaper, dense, 16 bits with float32
-# sums). Bus: 24 of the 32 GB/s of PCIe 4.0 x16. Disk: a common PCIe 3.0 NVMe drive.
+# sums), and four fifths of its 936 GB/s. Bus: 24 of the 32 GB/s of PCIe 4.0 x16. Disk: a common PCIe 3.0 NVMe drive.
 # CPU: a few cores with AVX2.
-ASSUMED_CPU_FLOPS = 100e9
-ASSUMED = {"flops": 35e12, "to_device": 24e9, "from_device": 24e9, "disk_read": 3e9, "disk_write": 2e9}
+ASSUMED_CPU_FLOPS, ASSUMED_CPU_MEMORY = 100e9, 10e9
+ASSUMED = {"flops": 35e12, "to_device": 24e9, "from_device": 24e9, "disk_read": 3e9, "disk_write": 2e9, "memory": 750e9}
 
 _FILE_BYTES = 64 * 1024**2
 _REQUEST_BYTES = 16 * 1024**2
+_ADDED_BYTES = 64 * 1024**2  # of each of two tensors; larger than caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Speeds:
         to_device, from_device: bytes a second between host memory and the device.
         disk_read, disk_write: bytes a second.
         sources: by name, "measured", "given" or "assumed".
+        memory: bytes a second between the device and its own memory, where weights are updated; None does not count
+            updates.
     """
 
     flops: float
@@ -46,6 +49,7 @@ class Speeds:
     disk_read: float
     disk_write: float
     sources: Mapping[str, str]
+    memory: float | None = None
 
 
 def find_speeds(
@@ -71,6 +75,7 @@ def find_speeds(
     measurements: list[tuple[tuple[str, ...], Callable[[], tuple[float, ...]]]] = []
     if measure and here:
         measurements.append((("flops",), lambda: (measure_flops(dtype, device),)))
+        measurements.append((("memory",), lambda: (measure_memory(device),)))
     if measure and here and device != "cpu":
         measurements.append((("to_device", "from_device"), lambda: measure_transfer(device)))
     if measure and directory is not None:
@@ -86,7 +91,8 @@ def find_speeds(
         sources.update({name: "measured" for name in found if name not in values})
         values = {**found, **values}
     sources = {name: sources.get(name, "assumed") for name in NAMES}
-    assumed = {**ASSUMED, "flops": ASSUMED_CPU_FLOPS} if device == "cpu" else ASSUMED
+    on_cpu = {"flops": ASSUMED_CPU_FLOPS, "memory": ASSUMED_CPU_MEMORY} if device == "cpu" else {}
+    assumed = {**ASSUMED, **on_cpu}
     return Speeds(**{**assumed, **values}, sources=sources)
 
 
@@ -102,6 +108,13 @@ def measure_flops(dtype: torch.dtype, device: str, *, seconds: float = 0.3) -> f
     while best == float("inf") or time.perf_counter() < end:
         best = min(best, _timed(lambda: first @ second, device))
     return 2 * size**3 / best
+
+
+def measure_memory(device: str) -> float:
+    """Bytes a second of the memory of a device: two are read and one is written, as in an update. The best of a few."""
+    value, grad = (torch.zeros(_ADDED_BYTES // 4, device=device) for _ in range(2))
+    value.add_(grad)  # loads what it needs
+    return 3 * _ADDED_BYTES / min(_timed(lambda: value.add_(grad), device) for _ in range(5))
 
 
 def measure_transfer(device: str, *, num_bytes: int = 256 * 1024**2) -> tuple[float, float]:

@@ -2,22 +2,29 @@
 
 Operations: 2 for each parameter of a matrix and token in a forward pass (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and
 as many for scores and values of causal attention over half the square of the sequence. A block is run forward, run forward
-again, and backward at twice that; exact clipping repeats the latter two.
+again, and backward at twice that; exact clipping repeats the latter two. The head has as many: logits, logits again, two gradients.
 
 Bytes: a streamed block is read once for each of these passes over the model and written once. Transfers run beside the
-computation, so the slowest of computation, bus and disk decides. What the update of the weights itself takes is not counted.
+computation, so the slowest of computation, bus and disk decides.
+
+Updates: each reads the gradient and reads and writes the weight, which is bound by the device's memory; it waits for the products and they
+for it, so it is part of the computation. Exact clipping reads each gradient once more, for its norm.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .footprint import Unit
 from .speeds import Speeds
 from .step_shape import StepShape
+from .updates import update_traffic
 
 # Blocks that are still in the pool where the pass turns round, and again where the next step begins: not read a second time.
 _KEPT_AT_A_TURN = 2
@@ -30,6 +37,7 @@ class StepTime:
     Attributes:
         step_s: seconds of a step.
         compute_s, bus_s, disk_s: seconds that each would take alone.
+        update_s: of the weights, part of ``compute_s``.
         exposed_s: of the first block, which nothing can hide.
         bottleneck: "compute", "PCIe" or "disk".
         flops: operations of a step.
@@ -42,6 +50,7 @@ class StepTime:
     compute_s: float
     bus_s: float
     disk_s: float
+    update_s: float
     exposed_s: float
     bottleneck: str
     flops: float
@@ -74,7 +83,8 @@ def step_time(shape: StepShape, homes: Mapping[str, str], block_inputs: str, spe
     to_device, from_device = host_read + inputs * num_backward, host_write + inputs
     if not on_cpu:
         to_device, from_device = to_device + disk_read, from_device + disk_write
-    compute_s = step_flops(shape) / speeds.flops
+    update_s = update_seconds(shape.model.parameters(), shape, speeds)
+    compute_s = step_flops(shape) / speeds.flops + update_s
     # the bus works in both directions at once, a disk does not
     bus_s = max(to_device / speeds.to_device, from_device / speeds.from_device)
     disk_s = disk_read / speeds.disk_read + disk_write / speeds.disk_write
@@ -86,13 +96,16 @@ def step_time(shape: StepShape, homes: Mapping[str, str], block_inputs: str, spe
         compute_s=compute_s,
         bus_s=bus_s,
         disk_s=disk_s,
+        update_s=update_s,
         exposed_s=first_s,
         bottleneck=max(lanes, key=lambda name: lanes[name]),
         flops=step_flops(shape),
         bus_bytes=max(to_device, from_device),
         disk_read_bytes=disk_read,
         disk_write_bytes=disk_write,
-        tokens_to_hide=_tokens_to_hide(shape, compute_s, bus_s, disk_s, inputs * num_backward / speeds.to_device),
+        tokens_to_hide=_tokens_to_hide(
+            shape, compute_s - update_s, update_s, bus_s, disk_s, inputs * num_backward / speeds.to_device
+        ),
     )
 
 
@@ -106,7 +119,30 @@ def step_flops(shape: StepShape) -> float:
     attention = len(shape.blocks) * 2 * tokens * shape.seq_len * _attention_width(shape)
     model: Any = shape.model
     head = 2 * tokens * model.get_output_embeddings().weight.numel()
-    return float(passes * (layers + attention + head))
+    return float(passes * (layers + attention + head) + _repeated_logits(shape) * head)
+
+
+def _repeated_logits(shape: StepShape) -> int:
+    """Times that logits are made again because the gradient of a tied matrix comes in slices at the end (``models/vocabulary.py``)."""
+    in_slices = shape.optimizer == "lomo" and not shape.gathered and shape.dtype != torch.float16
+    if not in_slices or not shape.units[-1].is_layer:
+        return 0
+    return 2 if shape.exact_clipping else 1
+
+
+def update_seconds(params: Iterable[Tensor], shape: StepShape, speeds: Speeds) -> float:
+    """What updating parameters takes in a step, by the bytes that move between the device and its memory.
+
+    Args:
+        params: all of the model, or the rows that a rank has of them; may be on the meta device.
+        shape: of the step.
+        speeds: of the machine.
+    """
+    if speeds.memory is None:
+        return 0.0
+    again = 1 if shape.exact_clipping else 0
+    moved = sum(update_traffic(param, shape.optimizer, shape.rounding) + again * param.nbytes for param in params)
+    return moved / speeds.memory
 
 
 def _active_parameters(shape: StepShape, block: Any) -> float:
@@ -136,14 +172,16 @@ def _traffic(units: list[Unit], exact_clipping: bool) -> tuple[int, int]:
     return max((3 if exact_clipping else 2) * total - ends, 0), total
 
 
-def _tokens_to_hide(shape: StepShape, compute_s: float, bus_s: float, disk_s: float, inputs_s: float) -> int | None:
+def _tokens_to_hide(
+    shape: StepShape, products_s: float, update_s: float, bus_s: float, disk_s: float, inputs_s: float
+) -> int | None:
     tokens = shape.batch_size * shape.seq_len
     slowest = max(bus_s, disk_s)
     if slowest == 0:
         return 0
-    # block inputs are moved for every token, weights once a step
-    fixed_s = max(bus_s - inputs_s, disk_s)
-    spare_s = (compute_s - inputs_s) / tokens
+    # block inputs are moved for every token, weights once a step, and updated once a step
+    fixed_s = max(bus_s - inputs_s, disk_s) - update_s
+    spare_s = (products_s - inputs_s) / tokens
     if spare_s <= 0:
         return None
-    return math.ceil(fixed_s / spare_s)
+    return max(0, math.ceil(fixed_s / spare_s))

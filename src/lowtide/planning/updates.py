@@ -22,6 +22,9 @@ OPTIMIZERS = ("adalomo", "lomo", "adamw", "sgd")
 # adamw: the root of the second moment and the denominator made of it; with 16-bit weights also the value and the gradient.
 # lomo, sgd: nothing; with 16-bit weights the value, and the gradient or the noise of the rounding.
 _TEMPORARIES = {"adalomo": (2, 4), "lomo": (0, 2), "adamw": (2, 4), "sgd": (0, 2)}
+# How often an update goes through (the gradient, the weight); the weight is written once more. The product's writing of the gradient is the product's.
+# adalomo: moments, then the size of the update and of the weight, then the update.
+_PASSES = {"adalomo": (3, 2), "lomo": (1, 1), "adamw": (1, 1), "sgd": (1, 1)}
 # These work in slices; the others are torch's own classes, which see a whole parameter.
 _SLICED = ("adalomo", "lomo")
 
@@ -65,6 +68,20 @@ def temporary_bytes(param: Tensor, optimizer: str, device: str) -> int:
         count = 3 if optimizer == "adalomo" else 0  # the gradient, the weight and its square, for the root mean squares
     numel = min(param.numel(), slice_numel(torch.device(device))) if optimizer in _SLICED else param.numel()
     return count * numel * compute_dtype(param).itemsize
+
+
+def update_traffic(param: Tensor, optimizer: str, rounding: str | None) -> int:
+    """Bytes that updating a parameter reads and writes at least, if no temporary goes through memory.
+
+    Args:
+        param: as for :func:`state_bytes`.
+        optimizer: adalomo, lomo, adamw or sgd.
+        rounding: as for :func:`state_bytes`.
+    """
+    _check(optimizer)
+    of_grad, of_weight = _PASSES[optimizer]
+    state = 2 * state_bytes(param, optimizer, rounding)  # read, and written
+    return (of_grad + of_weight + 1) * param.nbytes + state
 
 
 def update_temporaries(optimizer: str, device: str) -> Callable[[Tensor], Bytes]:

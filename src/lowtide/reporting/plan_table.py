@@ -110,6 +110,8 @@ def _speeds(plan: Plan) -> str:
     if plan.time.disk_s:
         parts.append(f"disk {speeds.disk_read / 1e9:.3g} GB/s read ({speeds.sources['disk_read']})")
         parts.append(f"{speeds.disk_write / 1e9:.3g} GB/s written ({speeds.sources['disk_write']})")
+    if speeds.memory is not None:
+        parts.append(f"{speeds.memory / 1e9:.3g} GB/s of its own memory ({speeds.sources['memory']})")
     return ", ".join(parts)
 
 
