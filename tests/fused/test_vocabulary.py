@@ -248,3 +248,49 @@ def test_where_slices_cannot_be():
     adalomo = lowtide.fuse(model, lowtide.AdaLomo(model.parameters(), lr=1e-3))
     assert not adalomo.vocabulary.head and adalomo.vocabulary.embedding is not None
     adalomo.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int32_ids(dtype):
+    model = make_model(False, dtype)
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.05)
+    engine = lowtide.fuse(model, optimizer)
+    (batch,) = batches(1)
+    before = model.model.embed_tokens.weight.clone()
+    engine.backward(model(input_ids=batch["input_ids"].int(), labels=batch["labels"]).loss)
+    assert not torch.equal(model.model.embed_tokens.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_loss_from_before_the_last_step_is_refused(tied, dtype):
+    model = make_model(tied, dtype)
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.05)
+    engine = lowtide.fuse(model, optimizer, blocks=[])
+    first, second = (model(**batch).loss for batch in batches(2))
+    engine.backward(first)
+    optimizer.step()
+    before = model.lm_head.weight.clone()
+    with pytest.raises(RuntimeError, match=r"before the last step|inplace operation"):
+        engine.backward(second)
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_a_head_that_is_replaced_after_fuse_is_refused():
+    model = make_model(False)
+    lowtide.fuse(model, lowtide.Lomo(model.parameters(), lr=0.05))
+    model.resize_token_embeddings(VOCAB + 10)
+    (batch,) = batches(1)
+    with pytest.raises(RuntimeError, match="fuse the model again"):
+        model(**batch)
+
+
+def test_nothing_of_the_forward_pass_waits_but_hidden_states():
+    model = make_model(True)
+    engine = lowtide.fuse(model, lowtide.Lomo(model.parameters(), lr=0.05))
+    (batch,) = batches(1)
+    intake = engine._slots[model.lm_head.weight].intake
+    seen = []
+    model.model.layers[1].register_full_backward_pre_hook(lambda *_: seen.extend(intake.waiting))
+    engine.backward(model(**batch).loss)
+    assert len(seen) == 1 and seen[0].grad_hidden is None

@@ -29,6 +29,9 @@ class Use:
 
     done = False
 
+    def __init__(self, step: int) -> None:
+        self.step = step
+
 
 class SliceIntake:
     """Takes the gradients of one matrix, and tells whether there will be several in a pass.
@@ -43,11 +46,20 @@ class SliceIntake:
         self.observer: Callable[[Tensor], None] | None = None  # sees every slice that is made
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
 
-    def begin(self) -> Use:
-        """In a forward pass with gradients: the matrix is used. Keep what is returned with the graph."""
+    def begin(self, weight: Tensor) -> Use:
+        """In a forward pass with gradients: the matrix is used. Keep what is returned with the graph.
+
+        Raises:
+            RuntimeError: it is another than when the model was fused.
+        """
+        if weight is not self.slot.param:
+            raise RuntimeError(
+                "the embedding or the head was replaced after fuse() (resize_token_embeddings?), so nothing would update it: fuse "
+                "the model again"
+            )
         if any(not use.done for use in self._uses):
             self.slot.shared = True  # several graphs, perhaps of one loss: complete at the end of the pass
-        use = Use()
+        use = Use(self.slot.engine.step_number)
         self._uses.add(use)
         return use
 
@@ -63,6 +75,10 @@ class SliceIntake:
         gradient.use_weight(slot.param)  # where weights move, what autograd has saved is a place where they were
         if slot.handle is None or not torch.autograd._is_checkpoint_valid():  # type: ignore[attr-defined,unused-ignore]
             return False  # the engine was removed; or torch.autograd.grad
+        if use.step != engine.step_number:
+            raise RuntimeError(
+                "this loss was computed before the last step(), with weights that have changed since: run the model again"
+            )
         if not engine._open:
             engine.enter_backward(sign)
         use.done = True
@@ -141,7 +157,7 @@ class TouchedRows(SlicedGradient):
         self.num_rows = num_rows
         self._grad = grad.reshape(-1, grad.shape[-1])
         self.slice_rows = rows_at_a_time(num_rows, self._grad.shape[1])
-        self._ids, self._order = ids.reshape(-1).sort(stable=True)
+        self._ids, self._order = ids.reshape(-1).to(torch.int64).sort(stable=True)
         if padding_idx is not None:
             counts = self._ids != padding_idx
             self._ids, self._order = self._ids[counts], self._order[counts]

@@ -170,7 +170,7 @@ class Slot:
         if self.step == self.engine._step:
             raise RuntimeError(
                 "a parameter got a second gradient in one backward pass, after its update. Either the loss uses weights of a "
-                "block directly (a regulariser): use fuse(..., blocks=[]), or vocabulary_slices=False if it is the head's. Or its module is used several times under "
+                "block directly (a regulariser): use fuse(..., blocks=[]), or vocabulary_slices=False if they are the head's or the embedding's. Or its module is used several times under "
                 "reentrant checkpointing: use use_reentrant=False."
             )
 

@@ -69,7 +69,7 @@ def linear_cross_entropy(
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, counted)
     if torch.is_autocast_enabled(hidden.device.type):  # backward runs outside autocast: decide the dtype here, once
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    use = intake.begin() if intake is not None and torch.is_grad_enabled() and weight.requires_grad else None
+    use = intake.begin(weight) if intake is not None and torch.is_grad_enabled() and weight.requires_grad else None
     total = _LinearCrossEntropy.apply(hidden, weight, bias, labels.reshape(-1)[counted], scale, softcap, intake, use)
     return total if reduction == "sum" else total / counted.numel()
 
@@ -120,8 +120,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for rows in gradient.row_slices():
                 grad_weight[rows] = gradient.part(rows)
         gradient.finish()
-        grad_hidden = None if gradient.grad_hidden is None else gradient.grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, gradient.grad_bias, None, None, None, None, None
+        grad_hidden, grad_bias = gradient.grad_hidden, gradient.grad_bias
+        gradient.grad_hidden = gradient.grad_bias = None  # it may wait for the end of the pass
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 class _HeadGradient(SlicedGradient):

@@ -89,12 +89,13 @@ def lomo_step(
         compensation: state of compensated rounding, same shape, contiguous, written in place; int16 for bfloat16 (lower half
             of the float32 number), float16 for float16, see :func:`lowtide.optim.rounding.compensation_like`.
     """
-    _check(param, grad, rounding, compensation)
+    check(param, grad, rounding, compensation)
     factor, factor_tensor = _coefficient(coefficient)
     if param.numel() == 0 or math.isnan(factor):
         return
     from .lomo import lomo_kernel
 
+    torch.autograd.graph.increment_version(param)
     with torch.cuda.device_of(param):
         lomo_kernel[(_ceil_div(param.numel(), _BLOCK),)](
             param,
@@ -144,7 +145,7 @@ def adalomo_step(
         decay: float32, zero-dimensional: what the weight is multiplied with first; None for no weight decay.
         inv_scale: as in :func:`lomo_step`, and so are the rest.
     """
-    _check(param, grad, rounding, compensation)
+    check(param, grad, rounding, compensation)
     factor, factor_tensor = _coefficient(coefficient)
     if param.numel() == 0 or math.isnan(factor):
         return
@@ -163,6 +164,7 @@ def adalomo_step(
     num_programs = _ceil_div(num_matrices * rows, block_rows) * _ceil_div(cols, block_cols)
     from .adalomo import adalomo_kernel
 
+    torch.autograd.graph.increment_version(param)
     with torch.cuda.device_of(param):
         adalomo_kernel[(num_programs,)](
             param,
@@ -198,12 +200,13 @@ def round_into(
         value: float32, same shape, contiguous; left as it is.
         rounding: as in :func:`lomo_step`, and so are the rest.
     """
-    _check(param, value, rounding, compensation)
+    check(param, value, rounding, compensation)
     assert value.dtype == torch.float32
     if param.numel() == 0:
         return
     from .copy import round_kernel
 
+    torch.autograd.graph.increment_version(param)
     with torch.cuda.device_of(param):
         round_kernel[(_ceil_div(param.numel(), _BLOCK),)](
             param, value, compensation, param.numel(), key, start, ROUNDING=rounding, BLOCK=_BLOCK, **_OPTIONS
@@ -226,7 +229,8 @@ def _compiles_for(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0)
 
 
-def _check(param: Tensor, grad: Tensor, rounding: str, compensation: Tensor | None) -> None:
+def check(param: Tensor, grad: Tensor, rounding: str, compensation: Tensor | None) -> None:
+    """Arguments are what a kernel takes: it reads and writes memory by its address."""
     assert fits(param, grad), "ask fits() first"
     assert rounding in ("nearest", "stochastic", "compensated"), rounding
     if rounding == "compensated":

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ...cache_folder import default_cache_folder
 from ...log import get_logger
+from . import launch
 
 _logger = get_logger(__name__)
 
@@ -61,7 +62,8 @@ def available() -> bool:
 
 def takes(tensor: Tensor) -> bool:
     """Whether these kernels work on such a weight or gradient: bfloat16, contiguous, on a CPU, and they are :func:`available`."""
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous() and available()
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return plain and tensor.dtype == torch.bfloat16 and tensor.is_contiguous() and available()
 
 
 def takes_grad(grad: Tensor) -> bool:
@@ -84,9 +86,11 @@ def lomo_step(
     compensation: Tensor | None = None,
 ) -> None:
     """As :func:`lowtide.optim.kernels.launch.lomo_step`, for a bfloat16 parameter on a CPU."""
+    launch.check(param, grad, rounding, compensation)
     factor = float(coefficient)
     if param.numel() == 0 or math.isnan(factor):
         return
+    torch.autograd.graph.increment_version(param)
     _call(
         "lomo_step", param.data_ptr(), grad.data_ptr(), _pointer(compensation), param.numel(), lr, decay,
         *_prepare(inv_scale, clip_value, factor), *_how(rounding, key, start), *_kind(grad, inv_scale, clip_value, factor),
@@ -111,15 +115,19 @@ def adalomo_step(
     compensation: Tensor | None = None,
 ) -> None:
     """As :func:`lowtide.optim.kernels.launch.adalomo_step`, for a bfloat16 parameter on a CPU."""
+    launch.check(param, grad, rounding, compensation)
     factor = float(coefficient)
     if param.numel() == 0 or math.isnan(factor):
         return
+    torch.autograd.graph.increment_version(param)
     if row is None:  # one row as long as the parameter
         num_rows, of_matrix, cols = 1, 1, param.numel()
     else:
         (matrices, of_matrix, cols), row = param.shape, row.contiguous()
         num_rows = matrices * of_matrix
+        assert row.numel() == num_rows and row.dtype == torch.float32
     col = col.contiguous()
+    assert col.numel() == num_rows // of_matrix * cols and col.dtype == torch.float32
     _call(
         "adalomo_step", param.data_ptr(), grad.data_ptr(), _pointer(compensation), num_rows, of_matrix, cols, _pointer(row),
         col.data_ptr(), float(update_scale), 1.0 if decay is None else float(decay), *_prepare(inv_scale, clip_value, factor),
@@ -131,6 +139,9 @@ def round_into(
     param: Tensor, value: Tensor, *, rounding: str, key: int = 0, start: int = 0, compensation: Tensor | None = None
 ) -> None:
     """As :func:`lowtide.optim.kernels.launch.round_into`, for a bfloat16 parameter on a CPU."""
+    launch.check(param, value, rounding, compensation)
+    assert value.dtype == torch.float32
+    torch.autograd.graph.increment_version(param)
     how = _how(rounding, key, start)
     _call(
         "round_into",
@@ -193,7 +204,10 @@ def _library() -> ctypes.CDLL | None:
         _logger.info("no C compiler was found: updates of bfloat16 weights on the CPU run in PyTorch, which is slower")
         return None
     try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
+        try:
+            library = ctypes.CDLL(str(_compiled(compiler)))
+        except OSError:  # damaged, or made on another system: once more
+            library = ctypes.CDLL(str(_compiled(compiler, anew=True)))
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -209,15 +223,15 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _compiled(compiler: str) -> Path:
-    """The shared library, from the cache or made now."""
+def _compiled(compiler: str, anew: bool = False) -> Path:
+    """The shared library, from the cache or made now; ``anew``: in any case."""
     openmp = _openmp_of_torch()
     signed = hashlib.sha256(_SOURCE.read_bytes())
-    for part in (compiler, *_FLAGS, *openmp, platform.machine(), _processor()):
+    for part in (compiler, *_FLAGS, *openmp, platform.machine(), *platform.libc_ver(), _processor()):
         signed.update(part.encode() + b"\0")
     name = f"cpu-{signed.hexdigest()[:24]}.so"
     folder = _cache_folder()
-    if (folder / name).exists():
+    if not anew and (folder / name).exists():
         return folder / name
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = _compile(compiler, openmp, Path(scratch))
@@ -233,7 +247,15 @@ def _compile(compiler: str, openmp: list[str], scratch: Path) -> Path:
     for extra in tries:
         threads = openmp if "-fopenmp" in extra else []
         # Linked in a second step: with -fopenmp there the compiler would link a library of its own.
-        link = [*compiler.split(), "-shared", "kernels.o", "-o", "kernels.so", *(threads or extra[1:]), "-lm"]
+        link = [
+            *compiler.split(),
+            "-shared",
+            "kernels.o",
+            "-o",
+            "kernels.so",
+            *(threads or ["-fopenmp"] * ("-fopenmp" in extra)),
+            "-lm",
+        ]
         try:
             for step in ([*command, *extra, "-c", str(_SOURCE), "-o", "kernels.o"], link):
                 subprocess.run(step, cwd=scratch, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
