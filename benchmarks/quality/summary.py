@@ -57,6 +57,8 @@ def results(options: argparse.Namespace) -> Iterator[Result]:
             rows = [row for row in rows_of(options, task, method) if float(row["lr"]) == best]
             scores = [100 * float(row["test_accuracy"]) for row in rows]
             peak, seconds = costs.get(method, (None, None))
+            if peak is None and method != "zero-shot":  # of the run itself: other work beside it hardly changes a peak
+                peak = float(max(int(row["peak_bytes"]) - int(row["baseline_bytes"]) for row in rows))
             majority, number = 100 * float(rows[0]["majority"]), int(rows[0]["num_test"])
             yield Result(task, method, best, scores, majority, number, peak, seconds)
 
@@ -98,7 +100,20 @@ def table(options: argparse.Namespace) -> str:
     tasks = dict.fromkeys(each.task for each in found if each.method == "adamw")
     lines += ["", f"Learnt by AdamW: {', '.join(task for task in tasks if learnable(found, task)) or 'none'}. Not learnt: "
               f"{', '.join(task for task in tasks if not learnable(found, task)) or 'none'}."]  # fmt: skip
+    lines += averages(found, [task for task in tasks if learnable(found, task)])
     return "\n".join(lines)
+
+
+def averages(found: list[Result], tasks: list[str]) -> list[str]:
+    """Methods with several seeds on every learnable task, over these tasks; the deviation is that of the average."""
+    lines = []
+    for method in GRID:
+        own = [each for each in found if each.method == method and each.task in tasks and each.spread is not None]
+        if len(own) == len(tasks) > 1:
+            mean = statistics.mean(each.mean for each in own)
+            deviation = sum((each.spread or 0.0) ** 2 for each in own) ** 0.5 / len(own)
+            lines.append(f"{method} {mean:.1f} ± {deviation:.1f}")
+    return ["", f"Average over {' and '.join(tasks)}: {', '.join(lines)}."] if lines else []
 
 
 def plot(options: argparse.Namespace, path: Path) -> None:
