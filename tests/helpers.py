@@ -72,6 +72,18 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **chan
     return AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=dtype).train()
 
 
+def dropout_model():
+    """GPT-2 with dropout everywhere and tied embeddings."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    dropout = {"attn_pdrop": 0.2, "embd_pdrop": 0.2, "resid_pdrop": 0.2}
+    config = GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, vocab_size=VOCAB_SIZE, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **dropout
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).train()
+
+
 def tiny_batch(seed: int = 0, batch_size: int = 8, seq_len: int = 10, padded: bool = True):
     """Random tokens; labels begin late, and two rows are padded to the right."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,12 @@ def has(rows: list[dict[str, str]], settings: Mapping[str, Any], number: int) ->
     return any(row["round"] == str(number) or row["status"] != "ok" for row in same)
 
 
-def append(path: Path, row: Mapping[str, Any]) -> None:
+def append(path: Path, row: Mapping[str, Any], fields: Sequence[str] = FIELDS) -> None:
+    """One row more, below a header of these columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, fields)
         if new:
             writer.writeheader()
         writer.writerow(row)
@@ -50,14 +51,19 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 def facts(method: str) -> dict[str, str]:
     """Of the code and the versions."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     package = METHODS[method].package
     return {
-        "date": datetime.date.today().isoformat(), "commit": commit.stdout.strip(), "torch": version("torch"),
+        "date": datetime.date.today().isoformat(), "commit": commit_of(Path(__file__).parent), "torch": version("torch"),
         "transformers": version("transformers"), "peer": f"{package} {version(package)}" if package else "",
     }  # fmt: skip
+
+
+def commit_of(folder: Path) -> str:
+    """Of the work tree that a folder is in; empty without one."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
 
 
 def version(package: str) -> str:

@@ -108,6 +108,7 @@ def fuse(
     blocks: Iterable[nn.Module | str] | None = None,
     chunked_loss: bool = True,
     vocabulary_slices: bool | None = None,
+    keep_activations: int = 0,
 ) -> Engine:
     """Update every parameter inside the backward pass, the moment its gradient is complete.
 
@@ -144,6 +145,9 @@ def fuse(
             be the largest of a small model. None does so for embeddings, and for heads where it costs little, which is with Lomo
             and without adaptive clipping or a loss scale. True does so with AdaLomo, too, whose three walks make the products of the
             head three times. False for whole gradients. Optimizers of :class:`PerParameter` and ``clip_memory_bytes`` need whole ones.
+        keep_activations: blocks, the last ones of the model, whose activations are kept instead of being computed again: a step of
+            such a block is a quarter shorter, and its activations take the memory that they take without checkpointing. The results are the
+            same bits. For whole batches, and weights on the device. A number larger than that of the blocks is all of them.
 
     Raises:
         ValueError, TypeError, RuntimeError: something here cannot be fused; the message says what to do instead.
@@ -163,12 +167,23 @@ def fuse(
         raise ValueError(
             f"clip_warmup_steps must be at least 1 and clip_memory_bytes at least 0, got {clip_warmup_steps}, {clip_memory_bytes}"
         )
+    if keep_activations < 0:
+        raise ValueError(f"keep_activations must be at least 0, got {keep_activations}")
+    if keep_activations and micro_batch_size is not None:
+        raise ValueError(
+            "keep_activations keeps those of the whole batch, and micro_batch_size is for want of memory: leave one of them out"
+        )
     model = bare_model(model)
     found = find_blocks(model) if blocks is None else resolve_blocks(model, blocks)
+    if keep_activations and not found:
+        raise ValueError(
+            "keep_activations is a number of blocks, and none were found in this model: without blocks all activations are kept"
+        )
     if micro_batch_size is not None and not found:
         raise ValueError(
             "micro_batch_size needs blocks, and none were found in this model: name them with fuse(..., blocks=['layers'])"
         )
+    found = found[: max(0, len(found) - keep_activations)]
     if found and getattr(getattr(model, "config", None), "output_router_logits", False):
         raise ValueError(
             "output_router_logits=True adds a router loss that reads inside the blocks, which would get no gradient: set "
@@ -189,6 +204,9 @@ def fuse(
             "a sharded model's weights live on its ranks: use weights='device', or lowtide.shard(..., offload=True)"
         )
     wanted = {} if sharded else _only_real_moves(_wanted_homes(weights), compute_device)
+    if keep_activations and (sharded or wanted):
+        where = "a model that is spread over ranks" if sharded else "weights that live elsewhere"
+        raise ValueError(f"keep_activations is for weights='device' in one process, not for {where}: leave it out")
     if wanted and adapted_layers(model):
         raise ValueError("a model with adapters of peft must live where it is computed: use weights='device'")
     outer, head = _outer_blocks(model, found) if wanted else ([], None)

@@ -7,21 +7,8 @@ import torch
 from torch import nn
 
 import lowtide
-from helpers import TOLERANCE, Snapshot, largest_difference, same_weights, tiny_batch, tiny_model
+from helpers import TOLERANCE, Snapshot, dropout_model, largest_difference, same_weights, tiny_batch, tiny_model
 from lowtide.fused.clipping import AdaptiveClip
-
-GPT2_DROPOUT = {"attn_pdrop": 0.2, "embd_pdrop": 0.2, "resid_pdrop": 0.2}
-
-
-def dropout_model():
-    """GPT-2 with dropout everywhere and tied embeddings."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **GPT2_DROPOUT
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).train()
 
 
 def reference_step(model, sgd, batch, max_norm):

@@ -137,3 +137,29 @@ def test_of_several_processes_the_prediction_is_that_of_one_of_them(make_config)
         planned.step_shape(config, "cpu"), 4, ranks_per_node=2, reduce_dtype="weights"
     )
     assert shared == expected.device
+
+
+def test_spare_memory_keeps_activations(make_config, machine, tmp_path):
+    machine(10**9)
+    planned_for = make_config(weights="auto", output=str(tmp_path / "auto"))
+    placement = planned.plan_placement(planned_for, "cpu", tmp_path / "auto")
+    assert placement.keep_activations == placement.plan.keep_activations > 0
+    result = run(planned_for)
+    plan = read_events(result.output / "metrics.jsonl")[0]["plan"]
+    assert plan["keep_activations"] == placement.keep_activations
+    others = [
+        run(make_config(output=str(tmp_path / "none"))),
+        run(make_config(output=str(tmp_path / "two"), keep_activations=2, micro_batch_size=8)),
+        run(make_config(weights="auto", output=str(tmp_path / "one"), keep_activations=1)),
+    ]
+    for other in others:
+        assert other.loss_after.loss == result.loss_after.loss
+
+
+def test_kept_activations_may_change_when_a_run_goes_on(make_config, tmp_path):
+    whole = run(make_config(output=str(tmp_path / "whole")))
+    first = make_config(output=str(tmp_path / "parts"), max_steps=6, save_every="3", keep_activations=2)
+    run(first)
+    step_3 = next(path for path in sorted((tmp_path / "parts").rglob("*")) if path.is_dir() and path.name.endswith("3"))
+    again = run(make_config(output=str(tmp_path / "again"), save_every="3", resume=str(step_3)))
+    assert again.loss_after.loss == whole.loss_after.loss

@@ -80,7 +80,9 @@ def choose(context: Context, name: str, usable: int, folder: Path) -> Chosen:
                 least = num_parameters(config) + batch * seq * config.hidden_size * config.num_hidden_layers
                 if 2 * least > limits.device + limits.host + disk:
                     continue
-                plan = find_plan(step_shape(context, config, batch, seq), limits=limits, speeds=speeds)
+                plan = find_plan(
+                    step_shape(context, config, batch, seq), limits=limits, speeds=speeds, keep_activations=0
+                )
                 if plan is None:
                     why = f"no plan for {batch} x {seq}"
                     continue
@@ -135,8 +137,8 @@ def long_sequences(context: Context, cap_gib: float = 24) -> None:
                 plan = make_plan(
                     step_shape(context, config, 1, seq),
                     limits=_limits(context, config, memory["usable"], 1, seq),
-                    speeds=_speeds(context, context.directory),
-                )
+                    speeds=_speeds(context, context.directory), keep_activations=0,
+                )  # fmt: skip
                 setup = setup_of(plan, 1, seq, Path(folder) / "weights")
                 seconds = train_and_report(
                     context, case, config, setup, most_steps=1, cap=memory["cap"],

@@ -52,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sequences that go through a layer at once (default: choose)",
     )
+    step.add_argument(
+        "--keep-activations",
+        type=at_least(0),
+        metavar="N",
+        help="layers whose activations are kept instead of being computed again, which is faster and takes memory; 0 for none "
+        "(default: as many as there is room for)",
+    )
     step.add_argument("--optimizer", choices=OPTIMIZERS, default="adalomo", help="(default: adalomo)")
     step.add_argument(
         "--dtype", choices=DTYPES[:3], default="bfloat16", help="of weights and computation (default: bfloat16)"
@@ -126,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         options = {
             "weights": {"cpu": "host"}.get(args.weights, args.weights),
             "micro_batch_size": args.micro_batch_size,
+            "keep_activations": args.keep_activations,
         }
         plan, ranks = make_plan(shape, limits=limits, speeds=speeds, **options), None
     else:

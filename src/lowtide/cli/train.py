@@ -187,9 +187,10 @@ def _describe_homes(event: Event) -> list[str]:
     for _, home in plan["homes"]:
         counts[home] = counts.get(home, 0) + 1
     homes = ", ".join(f"{count} on {'the ' if home == 'device' else ''}{home}" for home, count in counts.items())
-    time = plan["time"]
+    time, kept = plan["time"], plan.get("keep_activations")
+    keeps = f"activations of {kept} layers kept; " if kept else ""
     return [
-        f"Plan: blocks {homes}; {plan['micro_batch_size']} sequences at a time; {format_bytes(plan['totals']['device'])} of memory; "
+        f"Plan: blocks {homes}; {plan['micro_batch_size']} sequences at a time; {keeps}{format_bytes(plan['totals']['device'])} of memory; "
         f"about {format_duration(time['step_s'])} a step, bound by {time['bottleneck']}."
     ]
 

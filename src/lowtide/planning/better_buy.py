@@ -83,8 +83,13 @@ def one_rank(
     weights: str = "auto",
     micro_batch_size: int | None = None,
 ) -> tuple[Option, Plan | None]:
-    """What the planner chooses for one rank, and its plan; None if nothing fits. Arguments as for ``planner.make_plan``."""
-    plan = find_plan(shape, limits=limits, speeds=speeds, weights=weights, micro_batch_size=micro_batch_size)
+    """What the planner chooses for one rank, and its plan; None if nothing fits. Arguments as for ``planner.make_plan``.
+
+    All blocks are computed again, as several ranks do.
+    """
+    plan = find_plan(
+        shape, limits=limits, speeds=speeds, weights=weights, micro_batch_size=micro_batch_size, keep_activations=0
+    )
     if plan is None:
         return Option(1, "", micro_batch_size or 1, None, False, 0.0, 0.0, ""), None
     home = " + ".join(home for home in ("device", "host", "disk") if plan.count(home))

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from .block_trace import BlockCall, WorkingSet
-from .tracing import ALLOCATOR, FRAGMENTATION, Bytes, added
+from .tracing import ALLOCATOR, FRAGMENTATION, FRAGMENTATION_OF_KEPT, Bytes, added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,13 @@ class StepTrace:
     """A traced step.
 
     Attributes:
-        before: the largest moment before the first block.
+        before: the largest moment before the first block; of the whole step where none is computed again.
         moments: one for each time a block begins.
         calls: how each block was called.
         kept_bytes: all block inputs together; one that several blocks share counts once.
         input_bytes: of the largest block input that is a block's own (hidden states).
+        before_heap: the most bytes of the allocator's heap in use until the first block.
+        keeps: activations of some blocks are kept: these run between the last block of the forward pass and the first of the backward pass.
     """
 
     before: Bytes
@@ -50,6 +52,8 @@ class StepTrace:
     calls: tuple[BlockCall, ...]
     kept_bytes: int
     input_bytes: int
+    before_heap: int = 0
+    keeps: bool = False
 
     def peak(
         self, working: Sequence[WorkingSet], measure: Sequence[WorkingSet] = (), trimmed: Sequence[bool] | None = None
@@ -63,6 +67,9 @@ class StepTrace:
                 every home does for large blocks. None for all.
         """
         candidates, heap = [self.before], _Heap()
+        if self.keeps and not self.moments:
+            heap.grow(0, self.before_heap, fresh=True, kept=True)
+            candidates.append(added(self.before, {ALLOCATOR: heap.top - self.before_heap}))
         for index, moment in enumerate(self.moments):
             inside = (measure if moment.phase == "measure" else working)[moment.block]
             forward = moment.phase == "forward"
@@ -79,7 +86,7 @@ class StepTrace:
             if trims and not forward:
                 heap.trim(start)
             last = index + 1 == len(self.moments) or self.moments[index + 1].phase != moment.phase
-            heap.grow(start, most - start, fresh=last)
+            heap.grow(start, most - start, fresh=last, kept=last and forward and self.keeps)
             candidates.append(added(moment.after, {ALLOCATOR: heap.top - most}))
         return max(candidates, key=lambda candidate: sum(candidate.values()))
 
@@ -98,7 +105,14 @@ class _Heap:
         """Free memory goes back to the system."""
         self.top = used
 
-    def grow(self, used: int, more: int, *, fresh: bool) -> None:
-        """On top of what is in use, ``more`` bytes come and go. Fresh: they find no room in what is free."""
+    def grow(self, used: int, more: int, *, fresh: bool, kept: bool = False) -> None:
+        """On top of what is in use, ``more`` bytes come and go.
+
+        Args:
+            used: bytes in use.
+            more: bytes.
+            fresh: they find no room in what is free.
+            kept: many blocks' activations, which stay for long.
+        """
         base = max(self.top, used) if fresh else used
-        self.top = max(self.top, base + round(FRAGMENTATION * more))
+        self.top = max(self.top, base + round((FRAGMENTATION_OF_KEPT if kept else FRAGMENTATION) * more))

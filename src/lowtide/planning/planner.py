@@ -1,4 +1,4 @@
-"""The planner: homes of the blocks, micro-batch and place of the block inputs, so that a step fits and is fast."""
+"""The planner: homes of the blocks, micro-batch, place of the block inputs and which activations are kept, so that a step fits and is fast."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .step_shape import StepShape
 from .timing import StepTime, step_time
 
 HOMES = ("device", "host", "disk")
+# Of what a plan leaves free, for activations that are kept: the machine has other uses for memory, and predictions are off by some per cent.
+_FOR_ACTIVATIONS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Plan:
         homes: (name of the module, home) of embedding, decoder layers and head: device, host or disk.
         micro_batch_size: samples that go through a block at a time.
         block_inputs: where the inputs of the blocks are kept: device or host.
+        keep_activations: decoder layers, the last ones, whose activations are kept instead of being computed again.
         footprint: bytes by kind and place.
         time: of a step.
         limits: what it had to fit.
@@ -44,6 +47,7 @@ class Plan:
     homes: tuple[tuple[str, str], ...]
     micro_batch_size: int
     block_inputs: str
+    keep_activations: int
     footprint: Footprint
     time: StepTime
     limits: Limits
@@ -65,6 +69,7 @@ class Plan:
             "homes": [list(pair) for pair in self.homes],
             "micro_batch_size": self.micro_batch_size,
             "block_inputs": self.block_inputs,
+            "keep_activations": self.keep_activations,
             "footprint": self.footprint.to_dict(),
             "totals": self.footprint.totals(),
             "time": {**self.time.to_dict(), "tokens_per_s": self.tokens / self.time.step_s},
@@ -81,6 +86,7 @@ def make_plan(
     weights: str = "auto",
     micro_batch_size: int | None = None,
     block_inputs: str | None = None,
+    keep_activations: int | None = None,
 ) -> Plan:
     """The fastest plan that fits; of equally fast ones that with the least on disk, the largest micro-batch, and the least that moves.
 
@@ -91,6 +97,8 @@ def make_plan(
         weights: auto, or one home for all blocks: device, host or disk.
         micro_batch_size: None to choose.
         block_inputs: device or host; None to choose.
+        keep_activations: decoder layers, see :func:`lowtide.fuse`; None to choose: as many as half of the memory that the plan would
+            leave free has room for, if all weights are on the device.
 
     Raises:
         MemoryError: nothing fits; the message says what would.
@@ -103,6 +111,7 @@ def make_plan(
         weights=weights,
         micro_batch_size=micro_batch_size,
         block_inputs=block_inputs,
+        keep_activations=keep_activations,
     )
     if found is None:
         size = 1 if micro_batch_size is None else micro_batch_size
@@ -118,6 +127,7 @@ def find_plan(
     weights: str = "auto",
     micro_batch_size: int | None = None,
     block_inputs: str | None = None,
+    keep_activations: int | None = None,
 ) -> Plan | None:
     """The same, or None if nothing fits: to find out what would takes longer than the search.
 
@@ -128,6 +138,10 @@ def find_plan(
         raise ValueError(f"weights must be one of auto, {', '.join(HOMES)}, got {weights!r}")
     if micro_batch_size is not None and not 1 <= micro_batch_size <= shape.batch_size:
         raise ValueError(f"micro_batch_size must lie between 1 and the batch size, got {micro_batch_size}")
+    if keep_activations:
+        if micro_batch_size not in (None, shape.batch_size):
+            raise ValueError("keep_activations keeps those of the whole batch: leave it out, or micro_batch_size")
+        shape, micro_batch_size = shape.keeping(keep_activations), shape.batch_size
     search = _Search(shape, limits, weights)
     sizes = micro_batches(shape.batch_size) if micro_batch_size is None else (micro_batch_size,)
     best: tuple[Any, Plan] | None = None
@@ -141,7 +155,35 @@ def find_plan(
                 key = (round(plan.time.step_s, 6), plan.count("disk"), -size, streamed, inputs == "host")
                 if best is None or key < best[0]:
                     best = key, plan
-    return None if best is None else best[1]
+    if best is None:
+        return None
+    return _with_activations(best[1], shape) if keep_activations is None else best[1]
+
+
+def _with_activations(plan: Plan, shape: StepShape) -> Plan:
+    """The same plan with as many activations kept as there is room for."""
+    in_parts = plan.micro_batch_size < shape.batch_size
+    if in_parts or plan.count("device") < len(plan.homes) or shape.computes_in_slices:
+        return plan
+    homes, limits = dict(plan.homes), plan.limits
+
+    def keeping(number: int) -> Plan:
+        return _plan(shape.keeping(number), homes, plan.micro_batch_size, plan.block_inputs, limits, plan.speeds)
+
+    used = plan.footprint.totals()["device"]
+    room = used + int(_FOR_ACTIVATIONS * (limits.device - used))
+    try:
+        low, best, high = 0, plan, len(shape.blocks)
+        while low < high:
+            middle = (low + high + 1) // 2
+            tried = keeping(middle)
+            if tried.footprint.totals()["device"] <= room and _fits(tried.footprint.totals(), limits):
+                low, best = middle, tried
+            else:
+                high = middle - 1
+    except NotImplementedError:
+        return plan
+    return best
 
 
 def _places(shape: StepShape, block_inputs: str | None) -> tuple[str, ...]:
@@ -176,6 +218,8 @@ class _Search:
         everything = self._homes(count, 0, "device", "device", "device")
         if self.fits(everything, size, inputs):
             yield everything
+            return
+        if self.shape.num_kept:  # such a layer's weights stay on the device, and then all do
             return
         for outer in ("host", "disk") if self.shape.device != "cpu" else ("disk",):
             for ends in ("device", outer):
@@ -242,6 +286,7 @@ def _plan(shape: StepShape, homes: dict[str, str], size: int, inputs: str, limit
         homes=tuple(homes.items()),
         micro_batch_size=size,
         block_inputs=inputs,
+        keep_activations=shape.num_kept,
         footprint=footprint,
         time=step_time(shape, homes, inputs, speeds),
         limits=limits,

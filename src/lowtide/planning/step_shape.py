@@ -79,7 +79,7 @@ class StepShape:
         self.optimizer, self.rounding = optimizer, rounding
         self.exact_clipping, self.masked = exact_clipping, masked
         self.device = "cpu" if device == "cpu" else "cuda"
-        self.gathered = False
+        self.gathered, self.num_kept = False, 0
         self.model = skeleton(self.config, dtype, trust_remote_code)
         self.blocks = find_blocks(self.model)
         if not self.blocks:
@@ -89,6 +89,22 @@ class StepShape:
         self._working: dict[Any, WorkingSet] = {}
         in_float32 = self.device == "cpu" and dtype in SIXTEEN_BIT and not computes_bfloat16()
         self._trace_options: dict[str, Any] = {"heap_below": HEAP_BELOW[self.device], "float32_products": in_float32}
+
+    @property
+    def computes_in_slices(self) -> bool:
+        """16-bit products run in float32 slices, which is done in blocks that are computed again only."""
+        return bool(self._trace_options["float32_products"])
+
+    @property
+    def recomputed(self) -> list[nn.Module]:
+        """The blocks of which only the inputs are kept."""
+        return self.blocks[: len(self.blocks) - self.num_kept]
+
+    def keeping(self, num_blocks: int) -> StepShape:
+        """The same step where the activations of so many blocks, the last ones, are kept; see ``keep_activations`` of :func:`lowtide.fuse`."""
+        other = self.resized(batch_size=self.batch_size, seq_len=self.seq_len, gathered=self.gathered)
+        other.num_kept, other._working = min(max(0, num_blocks), len(self.blocks)), self._working
+        return other
 
     def resized(self, *, batch_size: int, seq_len: int, gathered: bool = False) -> StepShape:
         """The same model with another batch.
@@ -155,17 +171,22 @@ class StepShape:
         try:
             return trace_step(
                 self.model,
-                self.blocks,
+                self.recomputed,
                 batch_size=self.batch_size,
                 seq_len=self.seq_len,
                 masked=self.masked,
                 two_passes=self.exact_clipping,
                 update=update,
+                keeps=self.num_kept > 0,
                 **slices,
                 **self._trace_options,
             )
         except Exception as error:  # whatever a model of someone else's does with tensors that have no memory
             _logger.warning("%s cannot be traced (%s): estimated instead", type(self.model).__name__, error)
+            if self.num_kept:
+                raise NotImplementedError(
+                    f"{type(self.model).__name__} cannot be traced with activations that are kept"
+                ) from error
             return untraced_step(self.model, self.blocks, self.batch_size, self.seq_len, self.exact_clipping)
 
     @cached_property
@@ -268,9 +289,9 @@ class StepShape:
     def _inputs_in_host_memory(self, device: Bytes) -> tuple[Bytes, Bytes]:
         # As in weights/inputs.py: on the device there are then that of the block that runs and two that are on their way.
         visiting = min(self.step.kept_bytes, 3 * self.step.input_bytes)
-        others = self.step.kept_bytes - self.step.input_bytes * len(self.blocks)  # masks and positions stay
+        others = self.step.kept_bytes - self.step.input_bytes * len(self.recomputed)  # masks and positions stay
         kept = min(device.get(KEPT, 0), visiting + max(0, others))
-        return added({**device, KEPT: kept}), {KEPT: self.step.input_bytes * len(self.blocks)}
+        return added({**device, KEPT: kept}), {KEPT: self.step.input_bytes * len(self.recomputed)}
 
     def _weights_by_home(self, of: Mapping[str, str]) -> dict[str, int]:
         result = {"device": 0, "host": 0, "disk": 0}

@@ -40,6 +40,7 @@ def trace_step(
     update: Transient,
     head_in_slices: bool = False,
     embedding_in_rows: bool = False,
+    keeps: bool = False,
     **options: Any,
 ) -> StepTrace:
     """Run one training step of a causal language model on the meta device.
@@ -52,6 +53,7 @@ def trace_step(
         two_passes: the norm of the gradients is measured before the pass that updates.
         update: temporaries that updating a parameter needs.
         head_in_slices, embedding_in_rows: their gradients are not whole, see ``vocabulary_slices`` of :func:`lowtide.fuse`.
+        keeps: there are decoder layers that are not among ``blocks``, whose activations are kept.
         options: of :class:`MemoryTrace`.
 
     Raises:
@@ -67,7 +69,10 @@ def trace_step(
             loss.backward(retain_graph=phase == "measure")
             tracer.finish()
     own = [max((t.nbytes for t in call.tensors() if t.requires_grad), default=0) for call in tracer.calls]
-    return StepTrace(tracer.before, tracer.moments(), tuple(tracer.calls), tracer.kept_bytes, max(own, default=0))
+    moments = tracer.moments()
+    return StepTrace(
+        tracer.before, moments, tuple(tracer.calls), tracer.kept_bytes, max(own, default=0), tracer.before_heap, keeps
+    )
 
 
 def _batch(batch_size: int, seq_len: int, masked: bool) -> dict[str, Tensor]:
@@ -89,6 +94,7 @@ class _StepTracer:
         self.trace.ignore([*model.parameters(), *model.buffers()])
         self.phase = "forward"
         self.before: Bytes = {}
+        self.before_heap = 0
         self._moments: list[Moment] = []  # the last one without its end
         self._resumed = 0
         self.calls: list[BlockCall] = []
@@ -175,7 +181,7 @@ class _StepTracer:
         if self._moments:
             self._moments[-1] = dataclasses.replace(self._moments[-1], after=after, after_heap=heap)
         else:
-            self.before = after
+            self.before, self.before_heap = after, heap[1]
 
     def keep(self, tensors: Sequence[Tensor]) -> None:
         """Autograd keeps these for the backward pass."""

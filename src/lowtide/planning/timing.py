@@ -2,7 +2,7 @@
 
 Operations: 2 for each parameter of a matrix and token in a forward pass (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and
 as many for scores and values of causal attention over half the square of the sequence. A block is run forward, run forward
-again, and backward at twice that; exact clipping repeats the latter two. The head has as many: logits, logits again, two gradients.
+again unless its activations are kept, and backward at twice that; exact clipping repeats the latter two. The head has as many: logits, logits again, two gradients.
 
 Bytes: a streamed block is read once for each of these passes over the model and written once. Transfers run beside the
 computation, so the slowest of computation, bus and disk decides.
@@ -78,7 +78,7 @@ def step_time(shape: StepShape, homes: Mapping[str, str], block_inputs: str, spe
     in_host = [unit for unit in shape.units if homes[unit.name] == "host" and not on_cpu]
     disk_read, disk_write = _traffic(on_disk, shape.exact_clipping)
     host_read, host_write = _traffic(in_host, shape.exact_clipping)
-    inputs = shape.step.input_bytes * len(shape.blocks) if block_inputs == "host" and not on_cpu else 0
+    inputs = shape.step.input_bytes * len(shape.recomputed) if block_inputs == "host" and not on_cpu else 0
     num_backward = 2 if shape.exact_clipping else 1
     to_device, from_device = host_read + inputs * num_backward, host_write + inputs
     if not on_cpu:
@@ -115,11 +115,12 @@ def step_flops(shape: StepShape) -> float:
     passes = 4 + (
         3 if shape.exact_clipping else 0
     )  # forward, again, backward at twice that; and the last two once more
-    layers = sum(2 * tokens * _active_parameters(shape, block) for block in shape.blocks)
-    attention = len(shape.blocks) * 2 * tokens * shape.seq_len * _attention_width(shape)
+    attention = 2 * tokens * shape.seq_len * _attention_width(shape)
+    layers = [2 * tokens * _active_parameters(shape, block) + attention for block in shape.blocks]
+    not_again = sum(layers[len(shape.recomputed) :]) * (2 if shape.exact_clipping else 1)
     model: Any = shape.model
     head = 2 * tokens * model.get_output_embeddings().weight.numel()
-    return float(passes * (layers + attention + head) + _repeated_logits(shape) * head)
+    return float(passes * (sum(layers) + head) - not_again + _repeated_logits(shape) * head)
 
 
 def _repeated_logits(shape: StepShape) -> int:

@@ -170,7 +170,7 @@ def possible_sizes(
             config, find_blocks=find_blocks, dtype=torch.bfloat16, batch_size=batch_size, seq_len=seq_len, optimizer=optimizer,
             device="cuda" if machine.gpus else "cpu",
         )  # fmt: skip
-        yield Size(name, step.num_parameters, find_plan(step, limits=limits, speeds=speeds))
+        yield Size(name, step.num_parameters, find_plan(step, limits=limits, speeds=speeds, keep_activations=0))
 
 
 def _version(name: str) -> str | None:

@@ -76,6 +76,9 @@ def _choices(plan: Plan, on_cpu: bool) -> list[str]:
         lines.append(f"Weights of {span}: {place}.")
     inputs = "" if on_cpu else f"; their inputs are kept {_HOMES[plan.block_inputs]}"
     lines.append(f"Through a layer {_count(plan.micro_batch_size, 'sequence')} at a time{inputs}.")
+    if plan.keep_activations:
+        which = f"the last {plan.keep_activations} layers" if plan.keep_activations > 1 else "the last layer"
+        lines.append(f"Activations of {which} are kept, as there is room; those of the others are computed again.")
     return lines
 
 

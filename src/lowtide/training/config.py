@@ -41,7 +41,7 @@ GROUPS = (MODEL_AND_DATA, OPTIMISATION, ADAPTERS, MEMORY, OUTPUT, SAFETY, RANKS)
 
 # They may differ from those of the checkpoint that is resumed: the weights and losses are the same.
 FREE_TO_CHANGE = (
-    "output", "data_cache", "data_cache_size", "eval_every", "samples", "log_every", "weights", "clip_memory", "save_every", "keep_checkpoints", "on_save_error", "resume",
+    "output", "data_cache", "data_cache_size", "eval_every", "samples", "log_every", "weights", "clip_memory", "keep_activations", "save_every", "keep_checkpoints", "on_save_error", "resume",
     "allow_changes", "max_bad_steps", "on_bad_steps", "trust_remote_code", "track", "ranks_per_node", "rank_timeout",
 )  # fmt: skip
 ABOUT_RESUMING = ("resume", "allow_changes")  # how a process began, not a setting of the run
@@ -234,6 +234,13 @@ class TrainConfig:
         "sequences that go through a layer at once; smaller needs less memory and changes nothing in the result; "
         "default: the whole batch",
         default=None,
+    )
+    keep_activations: int | None = _option(
+        MEMORY,
+        "layers whose activations are kept instead of being computed again: a step is up to a quarter shorter and takes their memory; a large "
+        "number for all; default: none, or with weights auto as many as the planner finds room for",
+        default=None,
+        metavar="N",
     )
     dtype: str = _option(MEMORY, "number format of the weights and of the computation", DTYPES[:3], default="bfloat16")
     rounding: str | None = _option(

@@ -56,6 +56,14 @@ def _check_combinations(config: TrainConfig) -> None:
     _ = config.data_cache_size_bytes  # raises if it is no size
     if config.rank_timeout_seconds <= 0:
         raise ValueError(f"rank_timeout must be a time above 0, got {config.rank_timeout!r}")
+    if config.keep_activations and (config.micro_batch_size or config.batch_size) < config.batch_size:
+        raise ValueError(
+            "keep_activations keeps those of the whole batch, and micro_batch_size is for want of memory: leave one of them out"
+        )
+    if config.keep_activations and config.weights not in ("device", "auto"):
+        raise ValueError(
+            f"keep_activations is for layers whose weights stay on the device, and weights is {config.weights}: leave one of them out"
+        )
     if config.clip_memory_bytes and (config.effective_clip_grad_norm is None or config.clip == "adaptive"):
         raise ValueError("clip_memory is for clip exact with a clip_grad_norm: leave it out")
 
@@ -142,6 +150,7 @@ def _check_ranges(config: TrainConfig) -> None:
         ("max_seq_len", 2),
         ("seed", 0),
         ("lora_rank", 0),
+        ("keep_activations", 0),
         ("samples", 0),
     ]:
         value = getattr(config, name)

@@ -44,6 +44,7 @@ class Placement:
         micro_batch_size: its argument.
         block_inputs: its argument.
         clip_memory_bytes: its argument.
+        keep_activations: its argument.
         directory: of the working copy, if there is one.
         plan: what the planner said; None if the settings name the home.
     """
@@ -52,6 +53,7 @@ class Placement:
     micro_batch_size: int | None
     block_inputs: str
     clip_memory_bytes: int
+    keep_activations: int
     directory: Path | None
     plan: Plan | None = None
 
@@ -65,7 +67,11 @@ def place_as_set(config: TrainConfig, sharded: bool = False) -> Placement:
     """The home that the settings name; of weights that are spread over ranks the device, whatever they name."""
     directory = None if sharded or config.weights in ("device", "cpu") else Path(config.weights).expanduser()
     weights = "device" if sharded else directory or config.weights
-    return Placement(weights, config.micro_batch_size, "device", config.clip_memory_bytes, directory)
+    kept = config.keep_activations or 0
+    micro = config.micro_batch_size
+    if kept and micro is not None and micro >= config.batch_size:
+        micro = None
+    return Placement(weights, micro, "device", config.clip_memory_bytes, kept, directory)
 
 
 def step_shape(config: TrainConfig, device: str, model_config: PreTrainedConfig | None = None) -> StepShape:
@@ -112,6 +118,7 @@ def plan_placement(config: TrainConfig, device: str, output: Path) -> Placement:
         micro_batch_size=micro,
         block_inputs="cpu" if plan.block_inputs == "host" else "device",
         clip_memory_bytes=clip_memory,
+        keep_activations=plan.keep_activations,
         directory=directory if os.fspath(directory) in homes.values() else None,
         plan=plan,
     )
@@ -122,7 +129,13 @@ def find_plan(shape: StepShape, config: TrainConfig, limits: Limits, device: str
     from ..planning import make_plan
 
     speeds = find_speeds(dtype=shape.dtype, device=device, directory=folder)
-    return make_plan(shape, limits=limits, speeds=speeds, micro_batch_size=config.micro_batch_size)
+    return make_plan(
+        shape,
+        limits=limits,
+        speeds=speeds,
+        micro_batch_size=config.micro_batch_size,
+        keep_activations=config.keep_activations,
+    )
 
 
 def predicted(
@@ -145,7 +158,8 @@ def predicted(
     if placement.plan is not None:
         return placement.plan.footprint
     home = "disk" if placement.directory is not None else {"cpu": "host"}.get(config.weights, config.weights)
-    return step_shape(config, device, model_config).footprint(home, micro_batch_size=placement.micro_batch_size)
+    shape = step_shape(config, device, model_config).keeping(placement.keep_activations)
+    return shape.footprint(home, micro_batch_size=placement.micro_batch_size)
 
 
 def predicted_by_kind(

@@ -252,6 +252,7 @@ def prepare(
         clip=config.clip,
         clip_warmup_steps=config.clip_warmup_steps,
         clip_memory_bytes=placement.clip_memory_bytes,
+        keep_activations=placement.keep_activations,
         weights=placement.weights,
         device=device if placement.streamed else None,
         block_inputs=placement.block_inputs,
