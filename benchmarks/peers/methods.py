@@ -118,7 +118,8 @@ def nothing(model: Any, batches: Sequence[Any], clock: Clock) -> None:
     def drop(slot: Any, grad: Any) -> None:
         pass
 
-    def drop_slices(slot: Any, gradient: Any) -> None:  # made and dropped one by one, as Lomo would use them
+    # Slices are made and dropped one by one, as Lomo would use them.
+    def drop_slices(slot: Any, gradient: Any, again: bool = False) -> None:
         collections.deque(gradient.parts(all_rows=False), maxlen=0)
 
     with patch.object(Slot, "apply", drop), patch.object(Slot, "apply_slices", drop_slices):

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowtide
+from lowtide.fused import slices as slices_module
 from lowtide.models import loss as loss_module
 from lowtide.optim import kernels, rounding, sliced
 from lowtide.optim.rounding import noise16, noise16_of_rows
@@ -285,12 +286,94 @@ def test_a_head_that_is_replaced_after_fuse_is_refused():
         model(**batch)
 
 
-def test_nothing_of_the_forward_pass_waits_but_hidden_states():
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1], ids=["rows held", "all waits"])
+def test_nothing_of_the_forward_pass_waits_but_hidden_states(weight_decay):
     model = make_model(True)
-    engine = lowtide.fuse(model, lowtide.Lomo(model.parameters(), lr=0.05))
+    engine = lowtide.fuse(model, lowtide.Lomo(model.parameters(), lr=0.05, weight_decay=weight_decay))
     (batch,) = batches(1)
     intake = engine._slots[model.lm_head.weight].intake
     seen = []
-    model.model.layers[1].register_full_backward_pre_hook(lambda *_: seen.extend(intake.waiting))
+    model.model.layers[1].register_full_backward_pre_hook(lambda *_: seen.append((list(intake.waiting), intake.held)))
     engine.backward(model(**batch).loss)
-    assert len(seen) == 1 and seen[0].grad_hidden is None
+    ((waiting, held),) = seen
+    if weight_decay:
+        assert held is None and len(waiting) == 1 and waiting[0].grad_hidden is None
+    else:
+        assert not waiting and held._gradient is None
+        assert held.grad.shape == (batch["input_ids"].unique().numel(), HIDDEN)
+    assert intake.held is None
+
+
+def with_and_without_holding(monkeypatch, run):
+    """The same run where rows of the batch's tokens are held, and where the whole gradient waits for the embedding's."""
+    held = run()
+    monkeypatch.setattr(slices_module, "_HELD_SHARE", 10**9)
+    return held, run()
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.5}], ids=["plain", "exact"])
+@pytest.mark.parametrize("how", [None, "stochastic", "compensated", "nearest"])
+def test_rows_that_are_held_get_the_same_bits(how, options, monkeypatch):
+    dtype = torch.float32 if how is None else torch.bfloat16
+    made = []
+    original = loss_module._HeadGradient._visit
+
+    def counted(gradient, *args, **kwargs):
+        made.append(1)
+        return original(gradient, *args, **kwargs)
+
+    monkeypatch.setattr(loss_module._HeadGradient, "_visit", counted)
+
+    def run():
+        made.clear()
+        found = trained(None, tied=True, dtype=dtype, rounding=how, **options)
+        return *found, len(made)
+
+    (got, norms, state, few), (expected, expected_norms, expected_state, many) = with_and_without_holding(
+        monkeypatch, run
+    )
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
+    assert state.keys() == expected_state.keys() and all(
+        torch.equal(state[name], expected_state[name]) for name in state
+    )
+    assert many == 2 * few > 0  # the head's products, once less in each pass
+
+
+def test_a_weight_that_is_also_used_directly(monkeypatch):
+    def run(slices):
+        model = make_model(True)
+        optimizer = lowtide.Lomo(model.parameters(), lr=0.05)
+        engine = lowtide.fuse(model, optimizer, vocabulary_slices=slices)
+        for batch in batches(2):
+            engine.backward(model(**batch).loss + model.lm_head.weight.square().sum())
+            optimizer.step()
+        return model.state_dict()
+
+    torch.testing.assert_close(run(None), run(False), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_not_held_where_a_second_graph_uses_the_matrix(monkeypatch):
+    holds = []
+    original = slices_module.HeldRows.__init__
+
+    def counted(held, *args):
+        holds.append(1)
+        original(held, *args)
+
+    monkeypatch.setattr(slices_module.HeldRows, "__init__", counted)
+    model = make_model(True)
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.05)
+    engine = lowtide.fuse(model, optimizer)
+    first, second = batches(2)
+    engine.backward(model(**first).loss + model(**second).loss)
+    optimizer.step()
+    assert not holds
+    engine.backward(model(**first).loss)
+    optimizer.step()
+    assert holds == [1]
+    many = {name: torch.arange(VOCAB)[None] for name in ("input_ids", "labels")}  # every row is touched
+    engine.backward(model(**many).loss)
+    optimizer.step()
+    assert holds == [1]

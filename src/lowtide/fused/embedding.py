@@ -58,7 +58,11 @@ class EmbeddingForward:
         if not (torch.is_grad_enabled() and self.module.weight.requires_grad):
             return self.original(input)
         found: Tensor = _TakeRows.apply(
-            self.module.weight, input, self.module.padding_idx, self.intake, self.intake.begin(self.module.weight)
+            self.module.weight,
+            input,
+            self.module.padding_idx,
+            self.intake,
+            self.intake.begin(self.module.weight, input.detach()),
         )
         return found
 

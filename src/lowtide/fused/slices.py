@@ -2,7 +2,8 @@
 
 The loss and the embedding do not return the gradient of the matrix to autograd; they hand the slot a :class:`SlicedGradient`. If it is the only
 one, the matrix is updated at once. If there are more (tied embeddings, a loss that is computed twice), they wait for the end of the pass
-and are made again there, slice by slice, and added up.
+and are made again there, slice by slice, and added up. With tied embeddings that is needed for few rows only: which tokens are in the batch is
+known beforehand, so where the rule allows it the head's gradient updates all other rows at once, and theirs is held until the embedding's comes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,27 @@ if TYPE_CHECKING:
     from .passes import BackwardPass
     from .slot import Slot
 
+# Rows of a tied matrix are held for the embedding's gradient if they are at most one in so many.
+_HELD_SHARE = 8
+
+
+def can_be_held(num_touched: int, num_rows: int) -> bool:
+    """Whether the batch touches so few rows of a tied matrix that their gradient is held, and the others are updated at once."""
+    return _HELD_SHARE * num_touched <= num_rows
+
 
 class Use:
-    """One use of the matrix in a graph; the graph holds it."""
+    """One use of the matrix in a graph; the graph holds it.
+
+    Args:
+        step: number of the step.
+        ids: the rows that an embedding has taken, int [...]; None for a head, which takes all.
+    """
 
     done = False
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, ids: Tensor | None = None) -> None:
+        self.step, self.ids = step, ids
 
 
 class SliceIntake:
@@ -43,11 +57,16 @@ class SliceIntake:
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self.waiting: list[SlicedGradient] = []  # for the end of the pass
+        self.held: HeldRows | None = None  # for the end of the pass; the other rows have had theirs
         self.observer: Callable[[Tensor], None] | None = None  # sees every slice that is made
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
 
-    def begin(self, weight: Tensor) -> Use:
+    def begin(self, weight: Tensor, ids: Tensor | None = None) -> Use:
         """In a forward pass with gradients: the matrix is used. Keep what is returned with the graph.
+
+        Args:
+            weight: the matrix.
+            ids: see :class:`Use`.
 
         Raises:
             RuntimeError: it is another than when the model was fused.
@@ -59,7 +78,7 @@ class SliceIntake:
             )
         if any(not use.done for use in self._uses):
             self.slot.shared = True  # several graphs, perhaps of one loss: complete at the end of the pass
-        use = Use(self.slot.engine.step_number)
+        use = Use(self.slot.engine.step_number, ids)
         self._uses.add(use)
         return use
 
@@ -87,10 +106,33 @@ class SliceIntake:
         if engine.skipping:
             return True
         if slot.shared or slot.total is not None:
-            self.waiting.append(gradient)
+            ids = self._rows_to_hold(use)
+            if ids is None:
+                self.waiting.append(gradient)
+            else:
+                self.held = HeldRows(gradient, ids)
+                slot.apply_slices(self.held)
         else:
             slot.apply_slices(gradient)
         return True
+
+    def _rows_to_hold(self, use: Use) -> Tensor | None:
+        """The rows, int64 [n] and in order, for which more comes, if it is a head's gradient and an embedding's alone comes after it.
+
+        None if the gradient has to wait as a whole: rows that are updated now must not notice those that are not.
+        """
+        slot, engine = self.slot, self.slot.engine
+        others = [other for other in self._uses if other is not use]
+        if use.ids is not None or len(others) != 1 or others[0].ids is None or self.waiting or slot.total is not None:
+            return None
+        if slot.runner is not None or slot.optimizer.num_slice_walks != 1:  # weights that move are written back once
+            return None
+        group = slot.optimizer.param_groups[slot.group_index]
+        by_value = engine.clip_grad_value is not None or engine.adaptive is not None or engine.loss_scale is not None
+        if by_value or slot.optimizer.needs_all_rows(group):
+            return None
+        ids = torch.unique(others[0].ids).to(torch.int64)
+        return ids if can_be_held(ids.shape[0], slot.param.shape[0]) else None
 
     def walk(self, gradient: SlicedGradient, all_rows: bool) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """The slices of a gradient, one after the other."""
@@ -102,6 +144,12 @@ class SliceIntake:
     def take_waiting(self, total: Tensor | None) -> SlicedGradient | None:
         """What has waited, added up, with a whole gradient from elsewhere; None if nothing has."""
         waiting, self.waiting = self.waiting, []
+        held, self.held = self.held, None
+        if held is not None:
+            if total is None and all(isinstance(part, TouchedRows) for part in waiting):
+                held.complete(waiting)  # type: ignore[arg-type]
+                return held
+            waiting = [TouchedRows(held.ids, held.grad, self.slot.param.shape[0]), *waiting]
         if not waiting:
             return None
         return waiting[0] if len(waiting) == 1 and total is None else _Sum(self.slot.param, waiting, total)
@@ -109,7 +157,7 @@ class SliceIntake:
     def close_step(self) -> None:
         """Forget what belongs to one step."""
         self._uses.clear()
-        self.waiting = []
+        self.waiting, self.held = [], None
         if self.slot.runner is None:
             self.slot.shared = self.slot.always_shared
 
@@ -178,6 +226,15 @@ class TouchedRows(SlicedGradient):
             touched, sums = self._sums(local, self._order[first:last], target.dtype)
             target.index_add_(0, touched, sums)  # each row once: in no order
 
+    def add_to_rows(self, target: Tensor, rows: Tensor) -> None:
+        """Add the gradient of some rows, int64 [r] and in order, to ``target`` [r, H]; all that were touched between them are among them."""
+        ends = torch.stack([rows[0], rows[-1] + 1])
+        first, last = torch.searchsorted(self._ids, ends).tolist()
+        if first < last:
+            local = torch.searchsorted(rows, self._ids[first:last])
+            touched, sums = self._sums(local, self._order[first:last], target.dtype)
+            target.index_add_(0, touched, sums)
+
     def parts(self, all_rows: bool = True) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """See :class:`SlicedGradient`: only rows that were touched, unless all are asked for."""
         if all_rows:
@@ -203,6 +260,57 @@ class TouchedRows(SlicedGradient):
         return rows, sums
 
 
+class HeldRows(SlicedGradient):
+    """The gradient of a head [V, H], in two walks: first all rows but some, then these alone, with what has been added to them.
+
+    Args:
+        gradient: of the head.
+        ids: int64 [n], the rows that are held, in order.
+    """
+
+    def __init__(self, gradient: SlicedGradient, ids: Tensor) -> None:
+        self.ids, self.num_rows, self.slice_rows = ids, gradient.num_rows, gradient.slice_rows
+        self.grad: Tensor = ids.new_zeros(0)  # [n, H], once the first walk has begun
+        self._gradient: SlicedGradient | None = gradient  # until the first walk is over
+        self._parts: Sequence[TouchedRows] = ()
+        self.is_complete = False
+
+    def part(self, rows: slice) -> Tensor:
+        raise NotImplementedError("rows that are held come together: there is no way to all of them")
+
+    def complete(self, parts: Sequence[TouchedRows]) -> None:
+        """Nothing more comes; the next walk is over the rows that were held."""
+        self.is_complete, self._parts = True, parts
+
+    def parts(self, all_rows: bool = True) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """See :class:`SlicedGradient`. Of rows that are held the first walk gives zeros."""
+        yield from self._held() if self.is_complete else self._others()
+
+    def _others(self) -> Iterator[tuple[slice, Tensor]]:
+        gradient, self._gradient = self._gradient, None
+        assert gradient is not None
+        starts = torch.arange(0, self.num_rows + self.slice_rows, self.slice_rows, device=self.ids.device)
+        places = torch.searchsorted(self.ids, starts).tolist()
+        for number, (rows, grad) in enumerate(gradient.parts()):
+            assert isinstance(rows, slice)
+            if number == 0:
+                self.grad = grad.new_empty(self.ids.shape[0], grad.shape[1])
+            first, last = places[number], places[number + 1]
+            if first < last:
+                local = self.ids[first:last] - rows.start
+                self.grad[first:last] = grad.index_select(0, local)
+                grad.index_fill_(0, local, 0.0)
+            yield rows, grad
+
+    def _held(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, self.ids.shape[0], self.slice_rows):
+            rows, grad = self.ids[start : start + self.slice_rows], self.grad[start : start + self.slice_rows]
+            found = grad.to(torch.float32) if grad.dtype in SIXTEEN_BIT else grad.clone()
+            for part in self._parts:
+                part.add_to_rows(found, rows)
+            yield rows, found
+
+
 class PreparedPieces:
     """A gradient in slices as a rule walks over it: measured, clipped, and watched for what is not finite.
 
@@ -210,10 +318,11 @@ class PreparedPieces:
         engine: of the pass.
         slot: the matrix.
         gradient: of it.
+        again: see :class:`Pieces`.
     """
 
-    def __init__(self, engine: BackwardPass, slot: Slot, gradient: SlicedGradient) -> None:
-        self.engine, self.slot, self.gradient = engine, slot, gradient
+    def __init__(self, engine: BackwardPass, slot: Slot, gradient: SlicedGradient, again: bool = False) -> None:
+        self.engine, self.slot, self.gradient, self.again = engine, slot, gradient, again
         self.broken = False
         optimizer = slot.optimizer
         group = optimizer.param_groups[slot.group_index]

@@ -115,13 +115,14 @@ class Slot:
     @property
     def waits_in_slices(self) -> bool:
         """A gradient waits that has not been made yet."""
-        return self.intake is not None and bool(self.intake.waiting)
+        return self.intake is not None and bool(self.intake.waiting or self.intake.held)
 
     def flush(self) -> None:
         """Use the accumulated gradient, if there is one."""
+        again = self.intake is not None and self.intake.held is not None
         if self.intake is not None and (gradient := self.intake.take_waiting(self.total)) is not None:
             self.total = None
-            self.apply_slices(gradient)
+            self.apply_slices(gradient, again)
         elif self.total is not None:
             grad, self.total = self.total, None
             self.apply(grad)
@@ -130,7 +131,7 @@ class Slot:
         """Forget the accumulated gradient."""
         self.total = self.param.grad = None
         if self.intake is not None:
-            self.intake.waiting = []
+            self.intake.waiting, self.intake.held = [], None
 
     def apply(self, grad: Tensor) -> None:
         """The gradient is complete: measure it, and update unless this is the measuring pass."""
@@ -148,16 +149,22 @@ class Slot:
         engine._num_updated += 1
         self.optimizer.update_param(self.param, grad, self.optimizer.param_groups[self.group_index], prepare)
 
-    def apply_slices(self, gradient: SlicedGradient) -> None:
-        """The same for a gradient that is made slice by slice."""
+    def apply_slices(self, gradient: SlicedGradient, again: bool = False) -> None:
+        """The same for a gradient that is made slice by slice.
+
+        Args:
+            gradient: all of it, or all but some rows.
+            again: of the rows that were left out then.
+        """
         engine = self.engine
         if engine._skip:
             return
         if engine._measuring:
             engine.measured_parts(self, norm_of_parts(self, gradient))
             return
-        self.refuse_second()
-        pieces = PreparedPieces(engine, self, gradient)
+        if not again:
+            self.refuse_second()
+        pieces = PreparedPieces(engine, self, gradient, again)
         if not pieces.broken:
             self.optimizer.update_slices(self.param, pieces, self.optimizer.param_groups[self.group_index])
 

@@ -1,7 +1,7 @@
 """The vocabulary matrices of a fused Hugging Face model: which of them give their gradients in slices.
 
 The head is the largest gradient of a small model. In slices it costs nothing with a rule that walks over it once and an untied
-embedding; with tied ones the logits are made once more, because the embedding's part comes last; a rule that walks three times makes
+embedding; with tied ones the logits are made once more where the batch touches many rows, because the embedding's part comes last; a rule that walks three times makes
 the head's products three times. An embedding that is not tied costs less in rows than as a matrix.
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from . import kernels
-from .base import SIXTEEN_BIT, FusibleOptimizer, compute_dtype, prepared
+from .base import ROUNDING_STEP, SIXTEEN_BIT, FusibleOptimizer, compute_dtype, prepared
 from .prepare import Prepare
 from .rounding import paired_slices, slice_numel
 from .shards import local_part
@@ -60,7 +60,8 @@ class Lomo(FusibleOptimizer):
         writer: Writer | None = None
         for rows, grad, prepare in pieces:
             if writer is None and param.dtype in SIXTEEN_BIT:
-                writer = self._writer(param, group)
+                begun = self.state[param].get(ROUNDING_STEP) if pieces.again else None
+                writer = self._writer(param, group, begun)
             of_rows = None if writer is None else writer.of_rows(rows, param.shape[1])
             if isinstance(rows, slice):
                 self._apply(param[rows], grad, group, prepare, of_rows)

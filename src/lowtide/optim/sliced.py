@@ -76,7 +76,13 @@ class Piece(NamedTuple):
 
 
 class Pieces(Protocol):
-    """What a rule is given in the place of a gradient."""
+    """What a rule is given in the place of a gradient.
+
+    Attributes:
+        again: the rest of an update that was begun in this step: rows that it left as they were.
+    """
+
+    again: bool
 
     @property
     def broken(self) -> bool:

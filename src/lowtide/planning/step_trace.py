@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..fused.slices import can_be_held
 from ..optim.sliced import rows_at_a_time
 from .attention import fused_attention
 from .block_trace import BlockCall, Transient
@@ -101,6 +102,7 @@ class _StepTracer:
         self._kept: dict[int, int] = {}
         self._sums: dict[Tensor, Tensor] = {}
         self.head_in_slices = self.embedding_in_rows = False
+        self._held: Tensor | None = None  # rows of the head's gradient
         self._in_slices: list[
             tuple[Tensor, list[Tensor]]
         ] = []  # matrices, and what is kept until the end of the pass for them
@@ -127,7 +129,12 @@ class _StepTracer:
 
     def in_slices(self, param: Tensor, *kept: Tensor) -> None:
         """A gradient that is made slice by slice: now, or at the end of the pass, until when these are kept."""
-        if self._outside[param] > 1:
+        if self._outside[param] > 1 and self._held is None and can_be_held(kept[0].shape[0], param.shape[0]):
+            # The head's, of a tied matrix: all rows but those of the batch's tokens, each of which may be another.
+            self._visit_slices(param, kept)
+            with self.trace.kind(GRADIENTS):
+                self._held = torch.empty_like(kept[0])
+        elif self._outside[param] > 1:
             self._in_slices.append((param, list(kept)))
         else:
             self._visit_slices(param, kept)
@@ -155,7 +162,7 @@ class _StepTracer:
         """The end of a pass: what was summed is used, and what is made in slices."""
         for param, kept in self._in_slices:
             self._visit_slices(param, kept)
-        self._in_slices = []
+        self._in_slices, self._held = [], None
         while self._sums:
             param, grad = self._sums.popitem()
             self._apply(param)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fused.slices import can_be_held
 from .footprint import Unit
 from .speeds import Speeds
 from .step_shape import StepShape
@@ -124,9 +125,15 @@ def step_flops(shape: StepShape) -> float:
 
 
 def _repeated_logits(shape: StepShape) -> int:
-    """Times that logits are made again because the gradient of a tied matrix comes in slices at the end (``models/vocabulary.py``)."""
+    """Times that logits are made again because the gradient of a tied matrix comes in slices at the end (``fused/slices.py``).
+
+    With weights that move they always are; this is not told apart.
+    """
     in_slices = shape.optimizer == "lomo" and not shape.gathered and shape.dtype != torch.float16
     if not in_slices or not shape.units[-1].is_layer:
+        return 0
+    model: Any = shape.model
+    if can_be_held(shape.batch_size * shape.seq_len, model.get_output_embeddings().weight.shape[0]):
         return 0
     return 2 if shape.exact_clipping else 1
 

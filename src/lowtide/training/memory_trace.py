@@ -252,9 +252,10 @@ def thinned(moments: Sequence[Moment], most: int) -> list[Moment]:
 
 
 def held_bytes(slot: Slot) -> int:
-    """Of gradients that are alive between two hooks: a sum over micro-batches, or one that waits for the second pass."""
+    """Of gradients that are alive between two hooks: a sum over micro-batches, one that waits for the second pass, or rows of one."""
     kept = slot.engine._kept
-    waiting = (slot.total, None if kept is None else kept._grads.get(slot))
+    held = None if slot.intake is None or slot.intake.held is None else slot.intake.held.grad
+    waiting = (slot.total, None if kept is None else kept._grads.get(slot), held)
     return sum(local_bytes(grad) for grad in waiting if grad is not None)
 
 
