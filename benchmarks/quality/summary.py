@@ -100,8 +100,13 @@ def table(options: argparse.Namespace) -> str:
     tasks = dict.fromkeys(each.task for each in found if each.method == "adamw")
     lines += ["", f"Learnt by AdamW: {', '.join(task for task in tasks if learnable(found, task)) or 'none'}. Not learnt: "
               f"{', '.join(task for task in tasks if not learnable(found, task)) or 'none'}."]  # fmt: skip
-    lines += averages(found, [task for task in tasks if learnable(found, task)])
+    lines += averages(found, [task for task in tasks if learnable(found, task) and compared(found, task)])
     return "\n".join(lines)
+
+
+def compared(found: list[Result], task: str) -> bool:
+    """Whether AdamW has several seeds there; a first look has one."""
+    return any((each.task, each.method) == (task, "adamw") and each.spread is not None for each in found)
 
 
 def averages(found: list[Result], tasks: list[str]) -> list[str]:

@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 from .fused import AdaptiveClip, LossScale
 from .fused import Engine as _Engine
 from .fused.checks import check_model, check_optimizers
+from .fused.matmul16 import computes_16bit
 from .models.blocks import find_blocks, outer_modules, resolve_blocks
 from .models.chunked_loss import ChunkedLoss, HeadForward
 from .models.lora import adapted_layers, bare_model
 from .models.shards import parts_of
 from .models.vocabulary import VocabularySlices
+from .optim.base import SIXTEEN_BIT
 from .optim.shards import compute_device, is_sharded
 from .weights import HostInputs, MixedHome, by_name, place
 from .weights.layout import Part
@@ -31,6 +33,7 @@ class Engine(_Engine):
     head: HeadForward | None = None
     vocabulary: VocabularySlices | None = None
     home: MixedHome
+    num_kept = 0  # blocks whose activations are kept
 
     def state_dict_of_model(self) -> dict[str, Tensor]:
         """What ``model.state_dict()`` gives for an ordinary model, while weights are away: each where it lives.
@@ -147,7 +150,7 @@ def fuse(
             head three times. False for whole gradients. Optimizers of :class:`PerParameter` and ``clip_memory_bytes`` need whole ones.
         keep_activations: blocks, the last ones of the model, whose activations are kept instead of being computed again: a step of
             such a block is a quarter shorter, and its activations take the memory that they take without checkpointing. The results are the
-            same bits. For whole batches, and weights on the device. A number larger than that of the blocks is all of them.
+            same bits. For whole batches, weights on the device, and not for 16-bit weights on a CPU without instructions for them. A number larger than that of the blocks is all of them.
 
     Raises:
         ValueError, TypeError, RuntimeError: something here cannot be fused; the message says what to do instead.
@@ -183,7 +186,13 @@ def fuse(
         raise ValueError(
             "micro_batch_size needs blocks, and none were found in this model: name them with fuse(..., blocks=['layers'])"
         )
-    found = found[: max(0, len(found) - keep_activations)]
+    if keep_activations and _in_float32_slices(model):
+        raise ValueError(
+            "keep_activations: this processor has no instructions for 16-bit products, and only layers that are computed again make them in "
+            "float32: leave it out, or use float32"
+        )
+    num_kept = min(keep_activations, len(found))
+    found = found[: len(found) - num_kept]
     if found and getattr(getattr(model, "config", None), "output_router_logits", False):
         raise ValueError(
             "output_router_logits=True adds a router loss that reads inside the blocks, which would get no gradient: set "
@@ -235,7 +244,7 @@ def fuse(
             head.remove()
         home.close()
         raise
-    engine.home, engine.head = home, head
+    engine.home, engine.head, engine.num_kept = home, head, num_kept
     if chunked_loss and (loss := ChunkedLoss.of(model)) is not None:
         loss.install()
         engine.chunked_loss, loss.ranks = loss, engine.ranks
@@ -315,6 +324,10 @@ def _with_index(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _in_float32_slices(model: nn.Module) -> bool:
+    return any(param.is_cpu and param.dtype in SIXTEEN_BIT for param in model.parameters()) and not computes_16bit()
 
 
 def _loss_scale(wanted: LossScale | float | str | None, model: nn.Module) -> LossScale | None:

@@ -88,8 +88,10 @@ def test_half_of_what_is_left_is_used(shape):
 def test_a_number_that_is_given_is_taken_or_refused(shape):
     exact = used(shape, 4)
     assert plan(shape, exact, keep_activations=4).keep_activations == 4
-    with pytest.raises(MemoryError, match="no plan fits"):
+    with pytest.raises(MemoryError, match="no plan fits: with activations of 4 layers kept .* keep fewer"):
         plan(shape, exact - 1, keep_activations=4)
+    with pytest.raises(ValueError, match="not on disk"):
+        plan(shape, HUGE, keep_activations=4, weights="disk")
     assert plan(shape, HUGE, keep_activations=1000).keep_activations == LAYERS
     with pytest.raises(ValueError, match="keeps those of the whole batch"):
         plan(shape, HUGE, keep_activations=1, micro_batch_size=2)
@@ -98,6 +100,12 @@ def test_a_number_that_is_given_is_taken_or_refused(shape):
 def test_never_with_micro_batches_or_weights_elsewhere(shape):
     assert plan(shape, HUGE, micro_batch_size=2).keep_activations == 0
     assert plan(shape, HUGE, weights="disk").keep_activations == 0
+
+
+def test_not_with_attention_dropout_on_a_cpu(tiny_shape):
+    for device, expected in (("cpu", 0), ("cuda", 3)):
+        found = tiny_shape(changes={"attention_dropout": 0.1}, device=device)
+        assert plan(found, HUGE).keep_activations == expected
 
 
 def test_not_where_16_bit_products_run_in_float32(tiny_shape, monkeypatch):

@@ -139,6 +139,38 @@ def test_of_several_processes_the_prediction_is_that_of_one_of_them(make_config)
     assert shared == expected.device
 
 
+def test_room_for_all_gradients_goes_before_activations(make_config, machine, tmp_path, monkeypatch):
+    """One pass instead of two is worth more than a forward pass that is spared."""
+    monkeypatch.setattr(planned, "_USABLE", 1.0)
+    config = make_config(weights="auto", clip_grad_norm=1.0)
+    shape = planned.step_shape(config, "cpu")
+    used, gradients = shape.footprint().totals()["device"], int(planned._GRADIENTS * shape.weights_bytes)
+
+    def placement(num_bytes):
+        machine(num_bytes)
+        return planned.plan_placement(config, "cpu", tmp_path / "out")
+
+    enough = placement(used + 2 * gradients)
+    assert enough.clip_memory_bytes >= gradients
+    assert enough.plan.footprint.totals()["device"] + gradients <= used + 2 * gradients
+    plenty = placement(10**9)
+    assert plenty.clip_memory_bytes >= gradients and plenty.keep_activations == 2
+
+
+def test_attention_that_makes_all_scores_is_counted(make_config):
+    fused, eager = (planned.step_shape(make_config(attention=kind), "cpu") for kind in (None, "eager"))
+    assert eager.config._attn_implementation == "eager"
+    longer = [shape.resized(batch_size=8, seq_len=512).keeping(2) for shape in (fused, eager)]
+    assert longer[1].footprint().totals()["device"] > 2 * longer[0].footprint().totals()["device"]
+
+
+def test_keep_activations_where_rows_go_one_by_one(make_config):
+    config = make_config(keep_activations=1)
+    config.micro_batch_size = 1  # as packed rows of flash attention do, after the settings were checked
+    with pytest.raises(ValueError, match=r"1 at a time .*leave it out"):
+        planned.place_as_set(config)
+
+
 def test_spare_memory_keeps_activations(make_config, machine, tmp_path):
     machine(10**9)
     planned_for = make_config(weights="auto", output=str(tmp_path / "auto"))

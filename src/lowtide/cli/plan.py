@@ -192,7 +192,7 @@ def _answer(
             subtitle=title,
             methods=methods,
             limit_bytes=limits.device,
-            note="Counted from the model's config, not measured. Activations with checkpointing.",
+            note="Counted from the model's config, not measured. Activations with checkpointing; a plan may keep more, where there is room.",
         )
 
 

@@ -25,7 +25,7 @@ from .kept import KeptGradients
 from .loss_scale import LossScale
 from .passes import BackwardPass
 from .sharded import form_groups, make_slots
-from .slices import SliceIntake
+from .slices import SliceIntake, count_edges
 from .slot import mark_shared
 
 _logger = get_logger(__name__)
@@ -116,6 +116,7 @@ class Engine(BackwardPass):
             return
         if self.loss_scale is not None:
             loss = loss.float() * self.loss_scale.scale
+        self._count_uses(loss)
         if self._two_passes or (total_norm is not None and self.adaptive is None):
             self._measure_and_update(loss, total_norm)
         else:
@@ -128,6 +129,13 @@ class Engine(BackwardPass):
             _logger.warning("a gradient was not finite: what came after it in this step was not updated")
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=not finite)
+
+    def _count_uses(self, loss: Tensor) -> None:
+        """Of vocabulary matrices that several modules share: see ``SliceIntake.num_edges``."""
+        shared = {intake.slot.param: intake for intake in self._intakes if intake.slot.always_shared}
+        if shared:
+            for param, number in count_edges(loss, shared).items():
+                shared[param].num_edges = number
 
     def measure_norm(self, loss: Tensor) -> float:
         """The 2-norm of the gradients of ``loss``. No weight changes, no step begins, and the graph is kept.

@@ -236,6 +236,17 @@ class BackwardPass:
         self._norm.take(norm)
         return self._prepare_on_device(slot, norm) if isinstance(norm, Tensor) else self._prepare_on_host(slot, norm)
 
+    def prepare_later(self, slot: Slot, grad: Tensor, norms: list[float | Tensor]) -> Prepare | None:
+        """The same for a slice whose norm is put into ``norms``, for :meth:`take_norms`: sums in one order are the same bits."""
+        norm = self.part_norm(grad)
+        norms.append(norm)
+        return self._prepare_on_device(slot, norm) if isinstance(norm, Tensor) else self._prepare_on_host(slot, norm)
+
+    def take_norms(self, norms: list[float | Tensor]) -> None:
+        """Of slices that were looked at earlier, unless the norm of this pass is known."""
+        for norm in norms if not self._norm.is_known else ():
+            self._norm.take(norm)
+
     def _prepare_on_host(self, slot: Slot, norm: float) -> Prepare | None:
         if not math.isfinite(norm):
             self._found_broken()

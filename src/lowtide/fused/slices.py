@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +58,7 @@ class SliceIntake:
         self.slot = slot
         self.waiting: list[SlicedGradient] = []  # for the end of the pass
         self.held: HeldRows | None = None  # for the end of the pass; the other rows have had theirs
+        self.num_edges = 0  # of the graph that is walked, to this matrix; 0 if nobody has looked
         self.observer: Callable[[Tensor], None] | None = None  # sees every slice that is made
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
 
@@ -106,7 +107,7 @@ class SliceIntake:
         if engine.skipping:
             return True
         if slot.shared or slot.total is not None:
-            ids = self._rows_to_hold(use)
+            ids = self._rows_that_follow(use)
             if ids is None:
                 self.waiting.append(gradient)
             else:
@@ -116,22 +117,28 @@ class SliceIntake:
             slot.apply_slices(gradient)
         return True
 
-    def _rows_to_hold(self, use: Use) -> Tensor | None:
+    def _rows_that_follow(self, use: Use) -> Tensor | None:
         """The rows, int64 [n] and in order, for which more comes, if it is a head's gradient and an embedding's alone comes after it.
 
-        None if the gradient has to wait as a whole: rows that are updated now must not notice those that are not.
+        None if the gradient has to wait as a whole. Nothing else in the graph may use the matrix, which is about to change.
         """
-        slot, engine = self.slot, self.slot.engine
-        others = [other for other in self._uses if other is not use]
+        slot, others = self.slot, [other for other in self._uses if other is not use]
+        if slot.runner is not None or self.num_edges != 2:  # weights that move are written back once
+            return None
         if use.ids is not None or len(others) != 1 or others[0].ids is None or self.waiting or slot.total is not None:
             return None
-        if slot.runner is not None or slot.optimizer.num_slice_walks != 1:  # weights that move are written back once
+        return self._rows_to_hold(others[0].ids)
+
+    def _rows_to_hold(self, taken: Tensor) -> Tensor | None:
+        """The rows, int64 [n] and in order, that an embedding took; None if rule and clipping do not allow to leave them out."""
+        slot, engine = self.slot, self.slot.engine
+        if slot.optimizer.num_slice_walks != 1:
             return None
         group = slot.optimizer.param_groups[slot.group_index]
         by_value = engine.clip_grad_value is not None or engine.adaptive is not None or engine.loss_scale is not None
         if by_value or slot.optimizer.needs_all_rows(group):
             return None
-        ids = torch.unique(others[0].ids).to(torch.int64)
+        ids = torch.unique(taken).to(torch.int64)
         return ids if can_be_held(ids.shape[0], slot.param.shape[0]) else None
 
     def walk(self, gradient: SlicedGradient, all_rows: bool) -> Iterator[tuple[slice | Tensor, Tensor]]:
@@ -142,7 +149,11 @@ class SliceIntake:
             yield rows, grad
 
     def take_waiting(self, total: Tensor | None) -> SlicedGradient | None:
-        """What has waited, added up, with a whole gradient from elsewhere; None if nothing has."""
+        """What has waited, added up, with a whole gradient from elsewhere; None if nothing has.
+
+        Of :class:`HeldRows` that are not complete the second walk follows: a head's and an embedding's gradient are always walked in
+        the same two parts, so that norms are the same bits wherever the weights live.
+        """
         waiting, self.waiting = self.waiting, []
         held, self.held = self.held, None
         if held is not None:
@@ -152,14 +163,35 @@ class SliceIntake:
             waiting = [TouchedRows(held.ids, held.grad, self.slot.param.shape[0]), *waiting]
         if not waiting:
             return None
+        if total is None and len(waiting) == 2 and isinstance(waiting[1], TouchedRows):
+            ids = self._rows_to_hold(waiting[1].taken)
+            if ids is not None and not isinstance(waiting[0], TouchedRows):
+                return HeldRows(waiting[0], ids, [waiting[1]])
         return waiting[0] if len(waiting) == 1 and total is None else _Sum(self.slot.param, waiting, total)
 
     def close_step(self) -> None:
         """Forget what belongs to one step."""
         self._uses.clear()
-        self.waiting, self.held = [], None
+        self.waiting, self.held, self.num_edges = [], None, 0
         if self.slot.runner is None:
             self.slot.shared = self.slot.always_shared
+
+
+def count_edges(loss: Tensor, params: Collection[Tensor]) -> dict[Tensor, int]:
+    """For each parameter the edges that lead to it in the graph of ``loss``: its uses, as far as autograd knows of them."""
+    counts = dict.fromkeys(params, 0)
+    todo = [loss.grad_fn] if loss.grad_fn is not None else []
+    seen = set(todo)
+    while todo:
+        for follower, _ in todo.pop().next_functions:
+            variable = getattr(follower, "variable", None)
+            if variable is not None:
+                if variable in counts:
+                    counts[variable] += 1
+            elif follower is not None and follower not in seen:
+                seen.add(follower)
+                todo.append(follower)
+    return counts
 
 
 class _Sum(SlicedGradient):
@@ -202,7 +234,7 @@ class TouchedRows(SlicedGradient):
     """
 
     def __init__(self, ids: Tensor, grad: Tensor, num_rows: int, padding_idx: int | None = None) -> None:
-        self.num_rows = num_rows
+        self.num_rows, self.taken = num_rows, ids
         self._grad = grad.reshape(-1, grad.shape[-1])
         self.slice_rows = rows_at_a_time(num_rows, self._grad.shape[1])
         self._ids, self._order = ids.reshape(-1).to(torch.int64).sort(stable=True)
@@ -266,21 +298,23 @@ class HeldRows(SlicedGradient):
     Args:
         gradient: of the head.
         ids: int64 [n], the rows that are held, in order.
+        parts: what is to be added, where it is known already.
     """
 
-    def __init__(self, gradient: SlicedGradient, ids: Tensor) -> None:
+    def __init__(self, gradient: SlicedGradient, ids: Tensor, parts: Sequence[TouchedRows] = ()) -> None:
         self.ids, self.num_rows, self.slice_rows = ids, gradient.num_rows, gradient.slice_rows
         self.grad: Tensor = ids.new_zeros(0)  # [n, H], once the first walk has begun
         self._gradient: SlicedGradient | None = gradient  # until the first walk is over
-        self._parts: Sequence[TouchedRows] = ()
+        self._parts = parts
         self.is_complete = False
+        self.norms: list[float | Tensor] = []  # of the first walk, which count when the second comes
 
     def part(self, rows: slice) -> Tensor:
         raise NotImplementedError("rows that are held come together: there is no way to all of them")
 
-    def complete(self, parts: Sequence[TouchedRows]) -> None:
-        """Nothing more comes; the next walk is over the rows that were held."""
-        self.is_complete, self._parts = True, parts
+    def complete(self, parts: Sequence[TouchedRows] = ()) -> None:
+        """Nothing more comes than these; the next walk is over the rows that were held."""
+        self.is_complete, self._parts = True, [*self._parts, *parts]
 
     def parts(self, all_rows: bool = True) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """See :class:`SlicedGradient`. Of rows that are held the first walk gives zeros."""
@@ -345,7 +379,11 @@ class PreparedPieces:
         for rows, grad in self.slot.intake.walk(self.gradient, self._all_rows):
             prepare = self._prepare
             if not self._known:
-                prepare = engine.prepare(self.slot, grad)
+                held = self.gradient
+                if isinstance(held, HeldRows) and not held.is_complete:
+                    prepare = engine.prepare_later(self.slot, grad, held.norms)
+                else:
+                    prepare = engine.prepare(self.slot, grad)
                 if engine.skipping:
                     self.broken = True
                     return

@@ -14,7 +14,7 @@ from ..optim.base import SIXTEEN_BIT
 from ..optim.shards import is_sharded
 from ..optim.sliced import SlicedGradient
 from .clipping import vector_norm
-from .slices import PreparedPieces, SliceIntake, norm_of_parts
+from .slices import HeldRows, PreparedPieces, SliceIntake, norm_of_parts
 
 if TYPE_CHECKING:
     from .block import BlockRunner
@@ -119,10 +119,16 @@ class Slot:
 
     def flush(self) -> None:
         """Use the accumulated gradient, if there is one."""
-        again = self.intake is not None and self.intake.held is not None
+        held = None if self.intake is None else self.intake.held
         if self.intake is not None and (gradient := self.intake.take_waiting(self.total)) is not None:
             self.total = None
-            self.apply_slices(gradient, again)
+            if held is not None:
+                self.engine.take_norms(held.norms)
+            self.apply_slices(gradient, again=held is not None)
+            if isinstance(gradient, HeldRows) and held is None:
+                gradient.complete()
+                self.engine.take_norms(gradient.norms)
+                self.apply_slices(gradient, again=True)
         elif self.total is not None:
             grad, self.total = self.total, None
             self.apply(grad)
@@ -160,7 +166,11 @@ class Slot:
         if engine._skip:
             return
         if engine._measuring:
-            engine.measured_parts(self, norm_of_parts(self, gradient))
+            norm = norm_of_parts(self, gradient)
+            if isinstance(gradient, HeldRows) and not gradient.is_complete:
+                gradient.norms.append(norm)
+            else:
+                engine.measured_parts(self, norm)
             return
         if not again:
             self.refuse_second()

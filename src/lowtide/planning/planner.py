@@ -113,6 +113,12 @@ def make_plan(
         block_inputs=block_inputs,
         keep_activations=keep_activations,
     )
+    if found is None and keep_activations:
+        used = shape.keeping(keep_activations).footprint().totals()["device"]
+        raise MemoryError(
+            f"no plan fits: with activations of {shape.keeping(keep_activations).num_kept} layers kept a step takes {format_bytes(used)}, where "
+            f"{format_bytes(limits.device)} may be used: keep fewer, or leave keep_activations out"
+        )
     if found is None:
         size = 1 if micro_batch_size is None else micro_batch_size
         raise MemoryError(_nothing_fits(shape, limits, weights, size, _places(shape, block_inputs)))
@@ -139,6 +145,8 @@ def find_plan(
     if micro_batch_size is not None and not 1 <= micro_batch_size <= shape.batch_size:
         raise ValueError(f"micro_batch_size must lie between 1 and the batch size, got {micro_batch_size}")
     if keep_activations:
+        if weights not in ("auto", "device"):
+            raise ValueError(f"keep_activations is for weights on the device, not on {weights}: leave it out")
         if micro_batch_size not in (None, shape.batch_size):
             raise ValueError("keep_activations keeps those of the whole batch: leave it out, or micro_batch_size")
         shape, micro_batch_size = shape.keeping(keep_activations), shape.batch_size
@@ -163,27 +171,36 @@ def find_plan(
 def _with_activations(plan: Plan, shape: StepShape) -> Plan:
     """The same plan with as many activations kept as there is room for."""
     in_parts = plan.micro_batch_size < shape.batch_size
-    if in_parts or plan.count("device") < len(plan.homes) or shape.computes_in_slices:
+    if in_parts or plan.count("device") < len(plan.homes) or not shape.counts_all_activations:
         return plan
-    homes, limits = dict(plan.homes), plan.limits
+    homes, limits, most = dict(plan.homes), plan.limits, len(shape.blocks)
+    used = plan.footprint.totals()["device"]
+    room = used + int(_FOR_ACTIVATIONS * (limits.device - used))
 
     def keeping(number: int) -> Plan:
         return _plan(shape.keeping(number), homes, plan.micro_batch_size, plan.block_inputs, limits, plan.speeds)
 
-    used = plan.footprint.totals()["device"]
-    room = used + int(_FOR_ACTIVATIONS * (limits.device - used))
+    def excess(tried: Plan) -> int:
+        totals = tried.footprint.totals()
+        return totals["device"] - room if totals["device"] > room or _fits(totals, limits) else 1
+
     try:
-        low, best, high = 0, plan, len(shape.blocks)
-        while low < high:
-            middle = (low + high + 1) // 2
-            tried = keeping(middle)
-            if tried.footprint.totals()["device"] <= room and _fits(tried.footprint.totals(), limits):
-                low, best = middle, tried
-            else:
-                high = middle - 1
-    except NotImplementedError:
+        if excess(best := keeping(1)) > 0:
+            return plan
+        if most == 1:
+            return best
+        # Layers take about the same each: from two of them the number is guessed, and then looked at.
+        second = keeping(2)
+        one = second.footprint.totals()["device"] - best.footprint.totals()["device"]
+        number = most if one <= 0 else min(most, 1 - excess(best) // one)
+        while number > 1:
+            tried = second if number == 2 else keeping(number)
+            if (over := excess(tried)) <= 0:
+                return tried
+            number -= max(1, -(-over // max(1, one)))
+        return best
+    except NotImplementedError:  # a model that cannot be traced
         return plan
-    return best
 
 
 def _places(shape: StepShape, block_inputs: str | None) -> tuple[str, ...]:

@@ -88,12 +88,17 @@ class StepShape:
             )
         self._working: dict[Any, WorkingSet] = {}
         in_float32 = self.device == "cpu" and dtype in SIXTEEN_BIT and not computes_bfloat16()
+        self.drops_attention = self.device == "cpu" and _attention_dropout(self.config) > 0
         self._trace_options: dict[str, Any] = {"heap_below": HEAP_BELOW[self.device], "float32_products": in_float32}
 
     @property
-    def computes_in_slices(self) -> bool:
-        """16-bit products run in float32 slices, which is done in blocks that are computed again only."""
-        return bool(self._trace_options["float32_products"])
+    def counts_all_activations(self) -> bool:
+        """Whether what a block keeps for its backward pass is known well enough to keep it in many.
+
+        Not where 16-bit products run in float32 slices, which blocks that are computed again do alone, nor with attention dropout on a
+        CPU, where torch makes all scores and the stand-in for attention none.
+        """
+        return not (self._trace_options["float32_products"] or self.drops_attention)
 
     @property
     def recomputed(self) -> list[nn.Module]:
@@ -208,7 +213,7 @@ class StepShape:
             micro_batch_size: samples that go through a block at a time.
             applies: False for the first pass of exact clipping.
         """
-        return [self._working_set(call, micro_batch_size, applies) for call in self.step.calls]
+        return [self._working_set(call, micro_batch_size, applies) for call in self.step_in_slices.calls]
 
     def gathered_working_sets(self, micro_batch_size: int, sums_dtype: torch.dtype | None) -> list[WorkingSet]:
         """Of every block where its weights are spread over ranks, once they have been gathered: all gradients of a block are in it.
@@ -327,6 +332,11 @@ def _nothing(_: Tensor) -> Bytes:
 def _unit(name: str, module: nn.Module, *, is_layer: bool) -> Unit:
     params = list(module.parameters())
     return Unit(name, sum_bytes(params), sum(param.numel() for param in params), is_layer)
+
+
+def _attention_dropout(config: PreTrainedConfig) -> float:
+    names = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+    return max((float(getattr(config, name, None) or 0.0) for name in names), default=0.0)
 
 
 def _signature(call: BlockCall) -> Any:

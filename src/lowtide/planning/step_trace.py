@@ -127,9 +127,10 @@ class _StepTracer:
     def _rows_of(self, embedding: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda input: _Rows.apply(self, embedding.weight, input)
 
-    def in_slices(self, param: Tensor, *kept: Tensor) -> None:
+    def in_slices(self, param: Tensor, *kept: Tensor, of_head: bool = False) -> None:
         """A gradient that is made slice by slice: now, or at the end of the pass, until when these are kept."""
-        if self._outside[param] > 1 and self._held is None and can_be_held(kept[0].shape[0], param.shape[0]):
+        follows = of_head and self.embedding_in_rows and type(self.model.get_input_embeddings()) is nn.Embedding  # type: ignore[operator]
+        if self._outside[param] > 1 and follows and can_be_held(kept[0].shape[0], param.shape[0]):
             # The head's, of a tied matrix: all rows but those of the batch's tokens, each of which may be another.
             self._visit_slices(param, kept)
             with self.trace.kind(GRADIENTS):
@@ -155,7 +156,7 @@ class _StepTracer:
         hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, counted)
         weight = model.get_output_embeddings().weight
         if self.head_in_slices and hidden.requires_grad:
-            hidden.register_hook(lambda _: self.in_slices(weight, hidden.detach()))
+            hidden.register_hook(lambda _: self.in_slices(weight, hidden.detach(), of_head=True))
         return HeadLoss.apply(self.trace, hidden, weight, self.head_in_slices)
 
     def finish(self) -> None:

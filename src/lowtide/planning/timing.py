@@ -133,7 +133,8 @@ def _repeated_logits(shape: StepShape) -> int:
     if not in_slices or not shape.units[-1].is_layer:
         return 0
     model: Any = shape.model
-    if can_be_held(shape.batch_size * shape.seq_len, model.get_output_embeddings().weight.shape[0]):
+    plain = type(model.get_input_embeddings()) is torch.nn.Embedding
+    if plain and can_be_held(shape.batch_size * shape.seq_len, model.get_output_embeddings().weight.shape[0]):
         return 0
     return 2 if shape.exact_clipping else 1
 

@@ -200,6 +200,8 @@ def check_for_ranks(config: TrainConfig, num_ranks: int) -> None:
     """
     if num_ranks == 1:
         return
+    if config.keep_activations:
+        raise ValueError(f"keep_activations needs one process, and {num_ranks} take part: leave it out")
     if config.batch_size < num_ranks:
         raise ValueError(
             f"batch_size is that of all processes together, and {config.batch_size} cannot be shared by {num_ranks}: raise it, or start fewer"

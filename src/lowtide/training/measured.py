@@ -134,7 +134,7 @@ def _counted(engine: Engine, trace: MemoryTrace) -> dict[str, int]:
 def _homes(engine: Engine) -> dict[str, int]:
     streamed = {home.store.kind: len(home.layouts) for home in engine.home.streamed}
     moving = {member for home in engine.home.streamed for member in home.members}
-    rest = sum(runner.block not in moving for runner in engine._runners)
+    rest = sum(runner.block not in moving for runner in engine._runners) + engine.num_kept
     return {"device": rest, **streamed} if rest > 0 else streamed
 
 

@@ -33,6 +33,7 @@ _logger = get_logger(__name__)
 _USABLE = 0.9
 # Of what a plan leaves free, for gradients that exact clipping keeps between its passes.
 _FOR_CLIPPING = 0.5
+_GRADIENTS = 1.02  # all of them, in bytes of the weights: there is one pass then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,14 @@ def place_as_set(config: TrainConfig, sharded: bool = False) -> Placement:
     weights = "device" if sharded else directory or config.weights
     kept = config.keep_activations or 0
     micro = config.micro_batch_size
-    if kept and micro is not None and micro >= config.batch_size:
+    if kept and micro is not None:
+        if (
+            micro < config.batch_size
+        ):  # not as set, which was checked: packed rows of flash attention, or a checkpoint's
+            raise ValueError(
+                f"keep_activations needs the whole batch in a layer at once, and in this run it is {micro} at a time (packed sequences with "
+                "flash attention, or the checkpoint's micro-batches): leave it out"
+            )
         micro = None
     return Placement(weights, micro, "device", config.clip_memory_bytes, kept, directory)
 
@@ -77,8 +85,12 @@ def place_as_set(config: TrainConfig, sharded: bool = False) -> Placement:
 def step_shape(config: TrainConfig, device: str, model_config: PreTrainedConfig | None = None) -> StepShape:
     """The largest step of a run, for the planner."""
     exact = config.effective_clip_grad_norm is not None and config.clip == "exact"
+    if model_config is None:
+        model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+        if config.attention == "eager":  # which makes all scores
+            model_config._attn_implementation = "eager"
     return StepShape(
-        model_config or load_config(config.model, trust_remote_code=config.trust_remote_code),
+        model_config,
         find_blocks=find_blocks,
         dtype=parse_dtype(config.dtype),
         batch_size=config.batch_size,
@@ -106,12 +118,20 @@ def plan_placement(config: TrainConfig, device: str, output: Path) -> Placement:
         disk=max(0, int(_USABLE * shutil.disk_usage(existing).free) - shape.weights_bytes),  # the trained model, too
     )
     plan = find_plan(shape, config, limits, device, existing)
+    clip_memory = config.clip_memory_bytes
+    wants_memory = shape.exact_clipping and config.clip == "exact" and not clip_memory
+    all_gradients = int(_GRADIENTS * shape.weights_bytes)
+    if wants_memory and plan.keep_activations and config.keep_activations is None:
+        # One pass instead of two spares more than activations do.
+        plain = find_plan(shape, dataclasses.replace(config, keep_activations=0), limits, device, existing)
+        if all_gradients <= _FOR_CLIPPING * (limits.device - plain.footprint.totals()["device"]):
+            less = dataclasses.replace(limits, device=limits.device - all_gradients)
+            plan = find_plan(shape, config, less, device, existing)
     directory = output / "weights"
     homes = {name: {"device": "device", "host": "cpu", "disk": os.fspath(directory)}[home] for name, home in plan.homes}
     moves = set(homes.values()) != {"device"}
     micro = plan.micro_batch_size if plan.micro_batch_size < config.batch_size else None
-    clip_memory = config.clip_memory_bytes
-    if shape.exact_clipping and config.clip == "exact" and not clip_memory:
+    if wants_memory:
         clip_memory = max(0, int(_FOR_CLIPPING * (limits.device - plan.footprint.totals()["device"])))
     return Placement(
         weights=homes if moves else "device",
