@@ -23,6 +23,7 @@ from .models.vocabulary import VocabularySlices
 from .optim.base import SIXTEEN_BIT
 from .optim.shards import compute_device, is_sharded
 from .weights import HostInputs, MixedHome, by_name, place
+from .weights.home import keep_free_memory
 from .weights.layout import Part
 
 
@@ -150,7 +151,7 @@ def fuse(
             head three times. False for whole gradients. Optimizers of :class:`PerParameter` and ``clip_memory_bytes`` need whole ones.
         keep_activations: blocks, the last ones of the model, whose activations are kept instead of being computed again: a step of
             such a block is a quarter shorter, and its activations take the memory that they take without checkpointing. The results are the
-            same bits. For whole batches, weights on the device, and not for 16-bit weights on a CPU without instructions for them. A number larger than that of the blocks is all of them.
+            same bits. On a CPU with glibc the process keeps memory that it frees, for the next step. For whole batches, weights on the device, and not for 16-bit weights on a CPU without instructions for them. A number larger than that of the blocks is all of them.
 
     Raises:
         ValueError, TypeError, RuntimeError: something here cannot be fused; the message says what to do instead.
@@ -245,6 +246,8 @@ def fuse(
         home.close()
         raise
     engine.home, engine.head, engine.num_kept = home, head, num_kept
+    if num_kept and _device_of(model).type == "cpu":
+        keep_free_memory()
     if chunked_loss and (loss := ChunkedLoss.of(model)) is not None:
         loss.install()
         engine.chunked_loss, loss.ranks = loss, engine.ranks

@@ -53,6 +53,24 @@ class MemoryTrim:
             trim(0)
 
 
+# mallopt(3): free memory at the top of the heap goes back to the system from so many bytes on, and pieces of so many get a mapping of
+# their own. The latter is the most that glibc takes, and what it climbs to by itself.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = (-1, 2**31 - 1), (-3, 32 * 1024**2)
+
+
+def keep_free_memory() -> None:
+    """Have glibc keep what is freed, for the next step: getting it anew, page by page, takes as long as computing it again.
+
+    For the whole process, from now on. With other C libraries nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+        mallopt(*option)
+
+
 @cache
 def malloc_trim() -> Callable[[int], int] | None:
     """glibc's ``malloc_trim``, or None with other C libraries."""
