@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .slices import SliceIntake, TouchedRows, Use
+from .rows import TouchedRows
+from .slices import SliceIntake, Use
 
 if TYPE_CHECKING:
     from .block import BlockRunner

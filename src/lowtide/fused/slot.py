@@ -14,7 +14,8 @@ from ..optim.base import SIXTEEN_BIT
 from ..optim.shards import is_sharded
 from ..optim.sliced import SlicedGradient
 from .clipping import vector_norm
-from .slices import HeldRows, PreparedPieces, SliceIntake, norm_of_parts
+from .rows import HeldRows
+from .slices import PreparedPieces, SliceIntake, norm_of_parts
 
 if TYPE_CHECKING:
     from .block import BlockRunner

@@ -10,7 +10,7 @@ from ..units import format_bytes
 from ..weights.pool import DEFAULT_NUM_SLOTS
 from .footprint import Footprint
 from .speeds import Speeds
-from .step_shape import StepShape
+from .step_shape import StepShape, UntraceableError
 from .timing import StepTime, step_time
 
 HOMES = ("device", "host", "disk")
@@ -199,7 +199,7 @@ def _with_activations(plan: Plan, shape: StepShape) -> Plan:
                 return tried
             number -= max(1, -(-over // max(1, one)))
         return best
-    except NotImplementedError:  # a model that cannot be traced
+    except UntraceableError:
         return plan
 
 

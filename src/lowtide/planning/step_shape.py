@@ -38,6 +38,10 @@ _TRIM_FROM_BYTES = 16 * 1024**2  # as in weights/home.py: around larger blocks f
 FindBlocks = Callable[[nn.Module], list[nn.Module]]
 
 
+class UntraceableError(ValueError):
+    """The model cannot be run on the meta device, and what is asked for cannot be estimated."""
+
+
 class StepShape:
     """A training step of one model with one batch, of which the memory can be asked for different plans.
 
@@ -189,7 +193,7 @@ class StepShape:
         except Exception as error:  # whatever a model of someone else's does with tensors that have no memory
             _logger.warning("%s cannot be traced (%s): estimated instead", type(self.model).__name__, error)
             if self.num_kept:
-                raise NotImplementedError(
+                raise UntraceableError(
                     f"{type(self.model).__name__} cannot be traced with activations that are kept"
                 ) from error
             return untraced_step(self.model, self.blocks, self.batch_size, self.seq_len, self.exact_clipping)

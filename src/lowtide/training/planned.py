@@ -14,6 +14,7 @@ from ..planning import (
     Footprint,
     Limits,
     Plan,
+    Speeds,
     StepShape,
     available_host_bytes,
     device_available_bytes,
@@ -117,16 +118,17 @@ def plan_placement(config: TrainConfig, device: str, output: Path) -> Placement:
         host=int(_USABLE * available_host_bytes()),
         disk=max(0, int(_USABLE * shutil.disk_usage(existing).free) - shape.weights_bytes),  # the trained model, too
     )
-    plan = find_plan(shape, config, limits, device, existing)
+    speeds = find_speeds(dtype=shape.dtype, device=device, directory=existing)  # measured in a second or two
+    plan = find_plan(shape, config, limits, speeds)
     clip_memory = config.clip_memory_bytes
     wants_memory = shape.exact_clipping and config.clip == "exact" and not clip_memory
     all_gradients = int(_GRADIENTS * shape.weights_bytes)
     if wants_memory and plan.keep_activations and config.keep_activations is None:
         # One pass instead of two spares more than activations do.
-        plain = find_plan(shape, dataclasses.replace(config, keep_activations=0), limits, device, existing)
+        plain = find_plan(shape, dataclasses.replace(config, keep_activations=0), limits, speeds)
         if all_gradients <= _FOR_CLIPPING * (limits.device - plain.footprint.totals()["device"]):
             less = dataclasses.replace(limits, device=limits.device - all_gradients)
-            plan = find_plan(shape, config, less, device, existing)
+            plan = find_plan(shape, config, less, speeds)
     directory = output / "weights"
     homes = {name: {"device": "device", "host": "cpu", "disk": os.fspath(directory)}[home] for name, home in plan.homes}
     moves = set(homes.values()) != {"device"}
@@ -144,11 +146,10 @@ def plan_placement(config: TrainConfig, device: str, output: Path) -> Placement:
     )
 
 
-def find_plan(shape: StepShape, config: TrainConfig, limits: Limits, device: str, folder: Path) -> Plan:
-    """The plan alone; speeds are measured in a second or two."""
+def find_plan(shape: StepShape, config: TrainConfig, limits: Limits, speeds: Speeds) -> Plan:
+    """The plan alone."""
     from ..planning import make_plan
 
-    speeds = find_speeds(dtype=shape.dtype, device=device, directory=folder)
     return make_plan(
         shape,
         limits=limits,
