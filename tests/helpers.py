@@ -3,6 +3,8 @@
 import copy
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 # Largest absolute difference allowed where the arithmetic is the same but for the order of sums; by dtype, on the CPU.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -121,3 +123,21 @@ class Snapshot:
 
     def parameters(self):
         return iter(self._weights)
+
+
+class FlopCount(TorchDispatchMode):
+    """Floating-point operations of matrix products that are computed; unlike torch's own counter it installs no hooks.
+
+    Attributes:
+        total: so far.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out

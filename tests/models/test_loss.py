@@ -1,3 +1,6 @@
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,6 +128,55 @@ def test_logits_of_all_tokens_never_exist_in_float32():
     finally:
         module._MAX_LOGITS = kept
     assert largest.numel <= 2**19 < tokens * vocab
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slices", [0, 1, 3, 100])
+def test_kept_logits_are_the_same_bits_and_are_not_made_again(monkeypatch, dtype, slices):
+    tokens, vocab = 40, 3 * 64 + 11
+    monkeypatch.setattr(module, "_MIN_SLICE", 64)
+    monkeypatch.setattr(module, "_MAX_LOGITS", 64 * 25)  # two slices of the tokens
+    hidden, weight = torch.randn(tokens, 16).to(dtype), torch.randn(vocab, 16).to(dtype)
+    bias, labels = torch.randn(vocab).to(dtype), torch.randint(vocab, (tokens,))
+    way = partial(call_with_all, labels=labels, scale=0.7, softcap=15.0)
+    monkeypatch.setattr(module, "_MAX_KEPT_BYTES", 0)
+    expected = loss_and_grads(way, (hidden, weight, bias))
+    calls, product = [], module._product
+    monkeypatch.setattr(module, "_product", lambda *args: calls.append(1) or product(*args))
+    monkeypatch.setattr(module, "_MAX_KEPT_BYTES", slices * tokens * 64 * hidden.element_size())
+    torch.testing.assert_close(loss_and_grads(way, (hidden, weight, bias)), expected, rtol=0, atol=0)
+    forward, again = [2, 2, 2, 2], [2, 2, 2, 1]  # calls for each slice of the vocabulary; the last one is narrow
+    assert len(calls) == sum(forward) + sum(again[slices:])
+
+
+def call_with_all(tensors, labels, **options):
+    hidden, weight, bias = tensors
+    return linear_cross_entropy(hidden, weight, labels, bias=bias, **options)
+
+
+def test_kept_logits_go_with_the_backward_pass_and_none_wait_without_one():
+    hidden, weight = torch.randn(30, 16, requires_grad=True), torch.randn(2000, 16, requires_grad=True)
+    labels = torch.randint(2000, (30,))
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, labels).grad_fn is None
+    made = []
+    keep = module._KeptLogits.put
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            module._KeptLogits, "put", lambda kept, *args: (keep(kept, *args), made.extend(kept._slices.values()))
+        )
+        with torch.no_grad():
+            linear_cross_entropy(hidden, weight, labels)
+        assert not made
+        loss = linear_cross_entropy(hidden, weight, labels)
+    waiting = [weakref.ref(each) for each in made]
+    made.clear()
+    assert waiting and all(each() is not None for each in waiting)
+    loss.backward(retain_graph=True)
+    assert all(each() is None for each in waiting)
+    first = weight.grad.clone()
+    loss.backward()  # makes them again
+    torch.testing.assert_close(weight.grad, 2 * first, rtol=0, atol=0)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -24,7 +24,8 @@ def stand_in(trace, hidden, weight):
 
 def real_loss(trace, hidden, weight):
     labels = torch.empty(hidden.shape[0], dtype=torch.int64, device="meta")
-    return real._LinearCrossEntropy.apply(hidden, weight, None, labels, 1.0, None, None, None)
+    kept = real._KeptLogits(real._MAX_KEPT_BYTES)
+    return real._LinearCrossEntropy.apply(hidden, weight, None, labels, 1.0, None, None, None, kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -38,4 +39,5 @@ def test_it_holds_what_the_real_loss_holds(tokens, vocab, hidden_size, dtype):
 
 
 def test_its_constants_are_those_of_the_real_ones():
-    assert (head_loss.MAX_LOGITS, head_loss.MIN_SLICE) == (real._MAX_LOGITS, real._MIN_SLICE)
+    ours = (head_loss.MAX_LOGITS, head_loss.MIN_SLICE, head_loss.MAX_KEPT_BYTES)
+    assert ours == (real._MAX_LOGITS, real._MIN_SLICE, real._MAX_KEPT_BYTES)

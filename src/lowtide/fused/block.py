@@ -2,7 +2,8 @@
 
 Forward keeps only the block's input. Backward recomputes the block, micro-batch by micro-batch, and back-propagates each at
 once; gradients accumulate over the whole batch while only this block's are alive ("layer-major" accumulation), and on the
-last micro-batch every parameter is updated as its gradient completes. The recompute is Chen et al. 2016 (arXiv 1604.06174).
+last micro-batch every parameter is updated as its gradient completes. The recompute is Chen et al. 2016 (arXiv 1604.06174);
+what it can leave out is in ``last_product.py``.
 
 The block's ``forward`` is replaced on the instance, so that hooks of others (FSDP2, a user's own) stay outside.
 """
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..optim.shards import compute_device, is_sharded
 from .call import Call
+from .last_product import LastProduct
 from .matmul16 import fast_matmuls
 from .replay import keep_random_state
 from .sharded import UnshardedSums
@@ -84,6 +86,7 @@ class BlockRunner:
         self.weight = None if weight is None or compute_device(weight) != weight.device else weight
         sharded = any(is_sharded(param) for param in block.parameters())
         self.sums = UnshardedSums(block) if sharded and micro_batch_size is not None else None
+        self.last_product = LastProduct(block)
         self.slots: list[Slot] = []
         self.calls: weakref.WeakSet[Call] = weakref.WeakSet()  # whose graph is alive
         self.original = block.forward
@@ -233,9 +236,13 @@ def _recompute(
         tensor.detach().requires_grad_(needed)
         for tensor, needed in zip(call.slices(tensors, micro_batch), needs_grad, strict=True)
     ]
-    call.random_states[number].restore()
-    with torch.enable_grad(), torch.autocast(**call.autocast):
-        output = call.forward(inputs)
+
+    def forward() -> Any:
+        call.random_states[number].restore()
+        with torch.enable_grad(), torch.autocast(**call.autocast):
+            return call.forward(inputs)
+
+    output = call.runner.last_product.run(forward)
     outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     pairs = [
         (part, grad[call.rows(grad, micro_batch)])

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..optim.base import SIXTEEN_BIT
 from .block_trace import BlockCall, WorkingSet
-from .head_loss import slice_shape
+from .head_loss import kept_widths, slice_shape
 from .moments import Moment, StepTrace
 from .tracing import GRADIENTS, KEPT, LOGITS, OTHER, WORKING
 
@@ -52,9 +52,11 @@ def untraced_step(
     any_model: Any = model
     weight = any_model.get_output_embeddings().weight
     hidden = torch.empty((batch_size, seq_len, weight.shape[1]), dtype=weight.dtype, device="meta", requires_grad=True)
-    width, height = slice_shape(batch_size * seq_len, weight.shape[0])
+    num_tokens = batch_size * seq_len
+    width, height = slice_shape(num_tokens, weight)
+    waiting = sum(kept_widths(num_tokens, weight, hidden.element_size())) * num_tokens * hidden.element_size()
     kept = {KEPT: hidden.nbytes * len(blocks), OTHER: hidden.nbytes}
-    outside = {**kept, OTHER: 4 * hidden.nbytes, LOGITS: 2 * 4 * width * height, GRADIENTS: weight.nbytes}
+    outside = {**kept, OTHER: 4 * hidden.nbytes, LOGITS: 2 * 4 * width * height + waiting, GRADIENTS: weight.nbytes}
     phases = ("forward", "measure", "backward") if two_passes else ("forward", "backward")
     moments = [Moment(phase, index, kept, 0, outside, (0, 0)) for phase in phases for index in range(len(blocks))]
     calls = tuple(BlockCall(block, (hidden,), {}) for block in blocks)

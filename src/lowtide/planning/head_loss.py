@@ -16,15 +16,17 @@ from ..optim.base import SIXTEEN_BIT
 from ..optim.sliced import rows_at_a_time
 from .tracing import GRADIENTS, LOGITS, MemoryTrace
 
-# As in models/loss.py: float32 logits alive at a time, and the narrowest slice of the vocabulary.
+# As in models/loss.py: float32 logits alive at a time, the narrowest slice of the vocabulary, and bytes of logits that are kept.
 MAX_LOGITS = 2**22
 MIN_SLICE = 1024
+MAX_KEPT_BYTES = 2**27
 
 
 class HeadLoss(torch.autograd.Function):
     """hidden [T, H], weight [V, H] -> a float32 number; slices and lifetimes are those of the real one.
 
-    With ``in_slices`` the weight's gradient is handed out slice by slice (``optim/sliced.py``), now or later. In its loops a slice of logits lives until the next one has been made, and so does a slice of the weight's gradient.
+    With ``in_slices`` the weight's gradient is handed out slice by slice (``optim/sliced.py``), now or later. In its loops a slice of logits lives until
+    the next one has been made, and so does a slice of the weight's gradient.
     """
 
     @staticmethod
@@ -32,8 +34,13 @@ class HeadLoss(torch.autograd.Function):
         ctx.trace, ctx.in_slices = trace, in_slices
         highest, total, target = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
         with trace.kind(LOGITS):
-            for height, width in _first_slices(hidden.shape[0], weight.shape[0]):
-                logits = _logits(ctx.trace, hidden, weight, height, width)
+            num_tokens, widths = hidden.shape[0], kept_widths(hidden.shape[0], weight, hidden.element_size())
+            ctx.kept = [hidden.new_empty((num_tokens, width)) for width in widths]
+            # Slices that are kept as they are made need no room of their own while they become float32.
+            all_kept = sum(widths) == weight.shape[0] and hidden.dtype in SIXTEEN_BIT
+            for height, width in _first_slices(num_tokens, weight):
+                made = all_kept and height == num_tokens
+                logits = _logits(ctx.trace, hidden, weight, height, width, ctx.kept[0] if made else None)
             del logits
         ctx.save_for_backward(hidden, weight, highest)
         return (highest + total - target).sum()
@@ -46,11 +53,17 @@ class HeadLoss(torch.autograd.Function):
         with ctx.trace.kind(GRADIENTS):
             grad_weight = torch.empty_like(weight) if need_weight and not ctx.in_slices else None
         found = product = None
-        width, height = slice_shape(hidden.shape[0], weight.shape[0], rows_at_a_time(*weight.shape))
+        width, height = slice_shape(hidden.shape[0], weight)
+        kept, ctx.kept = ctx.kept, []
         with ctx.trace.kind(LOGITS):  # a slice of the vocabulary is done before the next one begins
             for start in range(0, hidden.shape[0], height):
                 count = min(height, hidden.shape[0] - start)
-                logits = _logits(ctx.trace, hidden, weight, count, width)
+                if not kept:
+                    logits = _logits(ctx.trace, hidden, weight, count, width)
+                elif hidden.dtype in SIXTEEN_BIT:
+                    logits = hidden.new_empty((count, width), dtype=torch.float32)
+                else:
+                    logits = kept[0][start : start + count]
                 grad = logits.to(hidden.dtype)
                 del logits
                 if need_hidden:
@@ -67,25 +80,45 @@ class HeadLoss(torch.autograd.Function):
         return None, None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None
 
 
-def _first_slices(num_tokens: int, vocab_size: int) -> list[tuple[int, int]]:
+def _first_slices(num_tokens: int, weight: Tensor) -> list[tuple[int, int]]:
     """(rows, columns) of the logits' slices in the order they are made, until they repeat."""
-    width, height = slice_shape(num_tokens, vocab_size)
+    width, height = slice_shape(num_tokens, weight)
     rows = [min(height, num_tokens - start) for start in range(0, num_tokens, height)]
-    again = rows if width < vocab_size else []
+    again = rows if width < weight.shape[0] else []
     return [(count, width) for count in [*rows, *again]]
 
 
-def slice_shape(num_tokens: int, vocab_size: int, most: int | None = None) -> tuple[int, int]:
-    """(width, height) of the largest slice of logits: columns of the vocabulary, at most so many, and rows of tokens."""
-    width = min(vocab_size, max(MIN_SLICE, MAX_LOGITS // max(1, num_tokens)))
-    width = width if most is None else min(width, most)
+def slice_shape(num_tokens: int, weight: Tensor) -> tuple[int, int]:
+    """(width, height) of the largest slice of logits: columns of the vocabulary, and rows of tokens."""
+    width = min(rows_at_a_time(*weight.shape), max(MIN_SLICE, MAX_LOGITS // max(1, num_tokens)))
     return width, max(1, min(num_tokens, MAX_LOGITS // width))
 
 
-def _logits(trace: MemoryTrace, hidden: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    """A slice of logits in float32, through the dtype of the hidden states."""
+def kept_widths(num_tokens: int, weight: Tensor, element_bytes: int) -> list[int]:
+    """Columns of each slice of logits, for all tokens, that waits for the backward pass."""
+    width, _ = slice_shape(num_tokens, weight)
+    room, widths = MAX_KEPT_BYTES, []
+    for start in range(0, weight.shape[0], width):
+        columns = min(width, weight.shape[0] - start)
+        if num_tokens * columns * element_bytes <= room:
+            room -= num_tokens * columns * element_bytes
+            widths.append(columns)
+    return widths
+
+
+def kept_share(num_tokens: int, weight: Tensor, element_bytes: int) -> float:
+    """Part of the logits that the backward pass does not make again, 0 to 1."""
+    return sum(kept_widths(num_tokens, weight, element_bytes)) / weight.shape[0]
+
+
+def _logits(
+    trace: MemoryTrace, hidden: Tensor, weight: Tensor, height: int, width: int, product: Tensor | None = None
+) -> Tensor:
+    """A slice of logits in float32, through the dtype of the hidden states, which may be there already."""
     if weight.dtype != hidden.dtype:
         weight = hidden.new_empty((width, hidden.shape[1]))
     if hidden.dtype in SIXTEEN_BIT:
         trace.product(height, hidden.shape[1], width)
-    return hidden.new_empty((height, width)).to(torch.float32)
+    if product is None:
+        product = hidden.new_empty((height, width))
+    return product.to(torch.float32)

@@ -2,7 +2,8 @@
 
 Operations: 2 for each parameter of a matrix and token in a forward pass (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and
 as many for scores and values of causal attention over half the square of the sequence. A block is run forward, run forward
-again unless its activations are kept, and backward at twice that; exact clipping repeats the latter two. The head has as many: logits, logits again, two gradients.
+again unless its activations are kept, and backward at twice that; exact clipping repeats the latter two. The head has as many:
+logits, logits again where they were not kept, two gradients.
 
 Bytes: a streamed block is read once for each of these passes over the model and written once. Transfers run beside the
 computation, so the slowest of computation, bus and disk decides.
@@ -20,9 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from ..fused.last_product import LastProduct
 from ..fused.slices import can_be_held
+from .attention import fused_attention
+from .block_trace import BlockCall
 from .footprint import Unit
+from .head_loss import kept_share
 from .speeds import Speeds
 from .step_shape import StepShape
 from .updates import update_traffic
@@ -120,8 +126,43 @@ def step_flops(shape: StepShape) -> float:
     layers = [2 * tokens * _active_parameters(shape, block) + attention for block in shape.blocks]
     not_again = sum(layers[len(shape.recomputed) :]) * (2 if shape.exact_clipping else 1)
     model: Any = shape.model
-    head = 2 * tokens * model.get_output_embeddings().weight.numel()
-    return float(passes * (sum(layers) + head) - not_again + _repeated_logits(shape) * head)
+    weight = model.get_output_embeddings().weight
+    head = 2 * tokens * weight.numel()
+    num_head = passes - kept_share(tokens, weight, shape.dtype.itemsize) + _repeated_logits(shape)
+    not_again += _left_out(shape) * (2 if shape.exact_clipping else 1)
+    return float(passes * sum(layers) - not_again + num_head * head)
+
+
+def _left_out(shape: StepShape) -> float:
+    """Operations of products that recomputes of all blocks leave out (``fused/last_product.py``)."""
+    alike: dict[Any, float] = {}
+    total = 0.0
+    for call in shape.step.calls:
+        key = (type(call.block), tuple(param.shape for param in call.block.parameters()))
+        if key not in alike:
+            alike[key] = _left_out_of(call)
+        total += alike[key]
+    return total
+
+
+def _left_out_of(call: BlockCall) -> float:
+    product = LastProduct(call.block)
+
+    def forward() -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, _with_gradient, (call.args, call.kwargs))
+        return call.block(*args, **kwargs)
+
+    try:
+        with torch.device("meta"), torch.enable_grad(), fused_attention():
+            product.run(forward)
+            product.run(forward)
+    except Exception:  # a block that cannot run on the meta device
+        return 0.0
+    return float(product.flops)
+
+
+def _with_gradient(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 
 def _repeated_logits(shape: StepShape) -> int:

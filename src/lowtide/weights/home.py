@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable
 from functools import cache
 
@@ -15,42 +16,95 @@ TRIM_FROM_BYTES = 16 * 1024**2
 class DeviceHome:
     """Weights are always at hand: there is nothing to move.
 
-    On a CPU with glibc the memory that a large block's activations and gradients have left behind is given back to the
-    system before and after it: the allocator keeps freed memory between live tensors, which on a model of 1.1 B parameters
-    added a tenth to the peak (``benchmarks/memory_cpu.py``).
+    On a CPU with glibc the memory that large blocks' activations and gradients have left behind is given back to the
+    system where it has become too much: see :class:`MemoryTrim`.
     """
 
     def __init__(self) -> None:
         self._trim = MemoryTrim()
 
     def fetch(self, block: nn.Module) -> None:
-        """Nothing to move; what ran before the block gives its free memory back."""
-        self._trim(block)
+        """Nothing to move; what ran before the block may have to give its free memory back."""
+        self._trim.before(block)
 
     def release(self, block: nn.Module) -> None:
-        """Nothing to do: the next block's fetch gives the memory back."""
+        """Nothing to move; behind the last block of a forward pass free memory is given back, as the loss finds no use for it."""
+        self._trim.after_forward(block)
 
     def write_back(self, block: nn.Module) -> None:
-        """Nothing to move; free memory goes back to the system."""
-        self._trim(block)
+        """Nothing to do: the next block's fetch gives the memory back."""
+        self._trim.after_backward(block)
 
 
 class MemoryTrim:
-    """Gives memory that the allocator keeps without use back to the system, around large blocks on a CPU."""
+    """Gives memory that the allocator keeps without use back to the system, on a CPU, between large blocks.
+
+    What a block has freed the next one needs again, and getting it back page by page costs time: giving all of it back around every block
+    took a tenth of a step. But not everything finds room in what is free, so that the heap grows from block to block. So it is given back where
+    forward turns to backward, which need pieces of other sizes, and whenever it is more than the first block there leaves
+    (``benchmarks/memory_trim.py``). In the first step, when that is not known, it is given back before every block.
+    """
 
     def __init__(self) -> None:
         self._large: dict[nn.Module, bool] = {}
+        self._previous: tuple[nn.Module, bool] | None = None  # the last block that ended, and whether in a forward pass
+        self._last: nn.Module | None = None  # where forward turns to backward
+        self._floor: int | None = None  # resident bytes after the last trim
+        self._highest = 0  # of these, where forward turns to backward
+        self._left: list[int] = []  # by one block's backward, the last two times
 
-    def __call__(self, block: nn.Module) -> None:
-        """Before or after a block."""
+    def before(self, block: nn.Module) -> None:
+        """A block begins."""
+        if not self._is_wanted(block):
+            return
+        resident = resident_bytes()
+        if self._floor is not None and resident is not None and self._previous is not None and not self._previous[1]:
+            self._left, self._floor = [*self._left[-1:], resident - self._floor], None
+        if self._previous == (block, True):
+            self._last = block
+            self._give_back()
+            self._highest = self._floor or 0
+        elif resident is None or not self._left or resident > self._highest + max(self._left):
+            self._give_back()
+
+    def after_forward(self, block: nn.Module) -> None:
+        """A block ends whose weights were only read."""
+        self._previous = (block, True)
+        if block is self._last and self._is_wanted(block):
+            self._give_back()
+
+    def after_backward(self, block: nn.Module) -> None:
+        """A block ends whose weights were updated."""
+        self._previous = (block, False)
+
+    def always(self, block: nn.Module) -> None:
+        """Give everything back, whatever has been before."""
+        if self._is_wanted(block):
+            self._give_back()
+
+    def _is_wanted(self, block: nn.Module) -> bool:
         large = self._large.get(block)
         if large is None:
             on_cpu = [param for param in block.parameters() if param.device.type == "cpu"]
             large = sum(param.numel() * param.element_size() for param in on_cpu) >= TRIM_FROM_BYTES
             self._large[block] = large
         # Not in evaluation: generating token by token would do it for every block and token.
-        if large and block.training and (trim := malloc_trim()) is not None:
-            trim(0)
+        return large and block.training and malloc_trim() is not None
+
+    def _give_back(self) -> None:
+        trim = malloc_trim()
+        assert trim is not None
+        trim(0)
+        self._floor = resident_bytes()
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is resident now, as Linux counts it; None elsewhere."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read(128).split()[1]) * mmap.PAGESIZE
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 # mallopt(3): free memory at the top of the heap goes back to the system from so many bytes on, and pieces of so many get a mapping of

@@ -106,7 +106,7 @@ class StreamedHome:
 
     def fetch(self, block: nn.Module) -> None:
         """Make the block's parameters usable on the device, and begin to read the block that is used next."""
-        self._trim(block)
+        self._trim.always(block)
         number = self.members[block]
         slot = self._slot_of(number)
         if slot is not None and slot.num_users:  # within another use of the same weights
@@ -134,7 +134,7 @@ class StreamedHome:
         """The block's parameters were updated: write them out. They are away now."""
         number = self.members[block]
         self._leave(number, UPDATED if self._trains[number] else RELEASED)
-        self._trim(block)
+        self._trim.always(block)
 
     # The pool -------------------------------------------------------------------------------------------------------
 

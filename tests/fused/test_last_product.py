@@ -1,0 +1,211 @@
+"""A recompute without its last product: the same gradients, bit for bit, and nothing left out that something needs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lowtide
+from helpers import FlopCount, tiny_batch, tiny_model
+from lowtide.fused.last_product import LastProduct
+
+LEFT_OUT = ["llama", "qwen3", "gpt_neox", "gpt2", "cohere", "granite"]
+NEEDED = ["gemma2", "gemma3"]  # a norm follows the MLP
+FAMILIES = [*LEFT_OUT, *NEEDED, "mixtral", "qwen3_moe"]
+
+
+def trained(family, leaves_out, monkeypatch, steps=3, **options):
+    dtype, dropout = options.pop("dtype", torch.float32), options.pop("dropout", 0.0)
+    model = tiny_model(family).to(dtype).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    torch.manual_seed(0)
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.05)
+    engine = lowtide.fuse(model, optimizer, **options)
+    with monkeypatch.context() as patch:
+        if not leaves_out:
+            patch.setattr(LastProduct, "_is_watched", lambda _: True)
+        for _ in range(steps):
+            engine.backward(model(**tiny_batch()).loss)
+            optimizer.step()
+    flops = [runner.last_product.flops for runner in engine._runners]
+    return model.state_dict(), flops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_the_same_bits(family, dtype, monkeypatch):
+    got, flops = trained(family, True, monkeypatch, dtype=dtype)
+    expected, none = trained(family, False, monkeypatch, dtype=dtype)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert not any(none)
+    if family in LEFT_OUT:
+        assert all(flops)
+    if family in NEEDED:
+        assert not any(flops)
+
+
+@pytest.mark.parametrize(
+    "options", [{"micro_batch_size": 1}, {"clip_grad_norm": 0.5}], ids=["micro-batches", "clipped"]
+)
+def test_weights_are_the_same_bits_in_every_pass(options, monkeypatch):
+    got, flops = trained("llama", True, monkeypatch, **options)
+    expected, _ = trained("llama", False, monkeypatch, **options)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert all(flops)
+
+
+def test_dropout_behind_it_draws_the_same_numbers(monkeypatch):
+    got, _ = trained("gpt2", True, monkeypatch, dropout=0.3)
+    expected, _ = trained("gpt2", False, monkeypatch, dropout=0.3)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    without, _ = trained("gpt2", True, monkeypatch)
+    assert not torch.equal(got["lm_head.weight"], without["lm_head.weight"])
+
+
+class Block(nn.Module):
+    """Two layers; ``tail`` is what follows the second."""
+
+    def __init__(self, tail=lambda block, x: x):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.norm = nn.Linear(4, 6), nn.Linear(6, 4), nn.LayerNorm(4)
+        self.tail = tail
+
+    def forward(self, x):
+        return x + self.tail(self, self.second(self.first(x).relu()))
+
+
+def gradients(block, product, x):
+    x = x.clone().requires_grad_()
+    out = product.run(lambda: block(x)) if product is not None else block(x)
+    found = torch.autograd.grad(out, [x, *block.parameters()], torch.ones_like(out), allow_unused=True)
+    return [None if each is None else each.clone() for each in found]
+
+
+@pytest.mark.parametrize(
+    ("tail", "left_out"),
+    [
+        (lambda block, x: x, True),
+        (lambda block, x: 2.0 * x.reshape(-1, 4).reshape(x.shape), True),
+        (lambda block, x: block.norm(x), False),
+        (lambda block, x: x * x, False),
+        (lambda block, x: x.tanh(), False),
+    ],
+    ids=["sum", "scale", "norm", "square", "tanh"],
+)
+def test_what_follows_decides(tail, left_out):
+    block = Block(tail)
+    product, x = LastProduct(block), torch.randn(3, 4)
+    expected = gradients(block, None, x)
+    for number in range(4):
+        torch.testing.assert_close(gradients(block, product, x), expected, rtol=0, atol=0)
+        assert product.flops == (2 * 3 * 6 * 4 if left_out and number else 0)
+
+
+def test_a_block_that_goes_another_way_later_is_run_again():
+    counter = [0]
+
+    def tail(block, x):
+        counter[0] += 1
+        return x * x if counter[0] > 2 else x
+
+    block = Block(tail)
+    product, x = LastProduct(block), torch.randn(3, 4)
+    for _ in range(2):
+        gradients(block, product, x)
+    assert product.flops
+    found = gradients(block, product, x)
+    assert counter[0] == 4 and not product.flops
+    torch.testing.assert_close(found, gradients(block, None, x), rtol=0, atol=0)
+
+
+def test_a_layer_that_is_called_more_often_than_before_is_seen():
+    times = [2]
+
+    def tail(block, x):
+        for _ in range(times[0] - 1):
+            x = block.second(block.first(x).relu())
+        return x
+
+    block = Block(tail)
+    product, x = LastProduct(block), torch.randn(3, 4)
+    for _ in range(2):
+        gradients(block, product, x)
+    assert product.flops
+    for count in (1, 3):
+        times[0] = count
+        torch.testing.assert_close(gradients(block, product, x), gradients(block, None, x), rtol=0, atol=0)
+
+
+def test_hooks_of_others_see_real_values():
+    block = Block()
+    product, x, seen = LastProduct(block), torch.randn(3, 4), []
+    for _ in range(2):
+        gradients(block, product, x)
+    handle = block.second.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
+    gradients(block, product, x)
+    assert not product.flops
+    torch.testing.assert_close(seen[0], block.second(block.first(x).relu()).detach())
+    handle.remove()
+    gradients(block, product, x)
+    assert product.flops
+
+
+def test_hooks_for_saved_tensors_inside_of_a_block_end_it():
+    def offloaded(block, x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 1, lambda t: t):
+            return block.second(x).tanh()
+
+    block = Block()
+    block.forward = lambda x: x + offloaded(block, block.first(x).relu())
+    product, x = LastProduct(block), torch.randn(3, 4)
+    for _ in range(3):
+        torch.testing.assert_close(gradients(block, product, x), gradients(block, None, x), rtol=0, atol=0)
+        assert not product.flops
+
+
+def test_errors_and_replaced_forwards_come_back_as_they_were():
+    block = Block()
+    own = block.second.forward
+    block.second.forward = lambda x: own(x)
+    replaced = block.second.forward
+    product = LastProduct(block)
+    for _ in range(2):
+        gradients(block, product, torch.randn(3, 4))
+    assert product.flops and block.second.forward is replaced
+    with pytest.raises(RuntimeError):
+        gradients(block, product, torch.randn(3, 5))
+    assert block.second.forward is replaced
+
+
+def test_compiled_layers_are_left_alone():
+    block = Block()
+    block.second = torch.compile(block.second, backend="eager")
+    product = LastProduct(block)
+    for _ in range(3):
+        product.run(lambda: block(torch.randn(3, 4)))
+        assert not product.flops
+
+
+def test_it_can_be_copied_with_its_block():
+    product = LastProduct(Block())
+    assert isinstance(copy.deepcopy(product), LastProduct)
+
+
+def test_a_step_has_one_product_less_in_every_block():
+    """As many operations fewer as its down projections have."""
+    counts = []
+    model = tiny_model("llama").train()
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.0)
+    engine = lowtide.fuse(model, optimizer)
+    for _ in range(3):
+        with FlopCount() as counter:
+            engine.backward(model(**tiny_batch()).loss)
+        optimizer.step()
+        counts.append(counter.total)
+    tokens = tiny_batch()["input_ids"].numel()
+    down = sum(layer.mlp.down_proj.weight.numel() for layer in model.model.layers)
+    assert counts[0] - counts[1] == counts[0] - counts[2] == 2 * tokens * down
