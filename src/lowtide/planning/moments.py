@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from .block_trace import BlockCall, WorkingSet
-from .tracing import ALLOCATOR, FRAGMENTATION, FRAGMENTATION_OF_KEPT, Bytes, added
+from .tracing import ALLOCATOR, FRAGMENTATION, FRAGMENTATION_OF_KEPT, LEFT_BEHIND, Bytes, added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,8 @@ class StepTrace:
         Args:
             working: of each block.
             measure: of each block in the first pass of exact clipping, where no parameter is updated.
-            trimmed: for each block, whether free memory is given back before it, and after its backward, as
-                every home does for large blocks. None for all.
+            trimmed: for each block, whether free memory is given back before it when there is much of it, as every home does
+                for large blocks. None for all.
         """
         candidates, heap = [self.before], _Heap()
         if self.keeps and not self.moments:
@@ -81,11 +81,15 @@ class StepTrace:
             # between others. Nor does the loss, which comes where forward turns to backward.
             first = index == 0 or self.moments[index - 1].phase != moment.phase
             heap.grow(moment.heap, most, fresh=first)
+            if trims and not first and not forward:
+                heap.top += round(
+                    LEFT_BEHIND * most
+                )  # free memory of earlier blocks is given back when there is more of it
             candidates.append(added(moment.live, peak, {ALLOCATOR: heap.top - moment.heap - most}))
             start, most = moment.after_heap
-            if trims and not forward:
-                heap.trim(start)
             last = index + 1 == len(self.moments) or self.moments[index + 1].phase != moment.phase
+            if trims and forward and last:
+                heap.trim(start)
             heap.grow(start, most - start, fresh=last, kept=last and forward and self.keeps)
             candidates.append(added(moment.after, {ALLOCATOR: heap.top - most}))
         return max(candidates, key=lambda candidate: sum(candidate.values()))

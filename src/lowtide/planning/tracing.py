@@ -43,6 +43,8 @@ HEAP_BELOW = {"cpu": 32 * 1024**2, "cuda": 0}
 # Resident bytes of that heap for one in use at its fullest moment: pieces of many sizes leave gaps that the next ones do not fit
 # into. mallinfo2 in backward passes of blocks showed 1.3 (llama, 512 wide), 1.5 (mixture, micro-batches) and 1.7 (mixture).
 FRAGMENTATION = 1.5
+# What blocks before it may have left behind, of what a block takes from the heap (``MemoryTrim`` in ``weights/home.py``).
+LEFT_BEHIND = 0.4
 # The same where the activations of many blocks are kept: what one step has left free serves the next one badly. SmolLM2's shape, 8 x 128
 # tokens, four steps: 1.8 with 15 and with 30 layers; giving free memory back before each step would cost 9 % of its time.
 FRAGMENTATION_OF_KEPT = 1.8

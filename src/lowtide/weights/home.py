@@ -42,7 +42,7 @@ class MemoryTrim:
     What a block has freed the next one needs again, and getting it back page by page costs time: giving all of it back around every block
     took a tenth of a step. But not everything finds room in what is free, so that the heap grows from block to block. So it is given back where
     forward turns to backward, which need pieces of other sizes, and whenever it is more than the first block there leaves
-    (``benchmarks/memory_trim.py``). In the first step, when that is not known, it is given back before every block.
+    (``benchmarks/memory_trim.py``). In the first step, when that is not known, it is given back around every block.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class MemoryTrim:
     def after_forward(self, block: nn.Module) -> None:
         """A block ends whose weights were only read."""
         self._previous = (block, True)
-        if block is self._last and self._is_wanted(block):
+        if (self._last is None or block is self._last) and self._is_wanted(block):
             self._give_back()
 
     def after_backward(self, block: nn.Module) -> None:

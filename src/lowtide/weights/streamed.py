@@ -129,6 +129,7 @@ class StreamedHome:
     def release(self, block: nn.Module) -> None:
         """The block's parameters were only read, and are away now."""
         self._leave(self.members[block], RELEASED)
+        self._trim.always(block)
 
     def write_back(self, block: nn.Module) -> None:
         """The block's parameters were updated: write them out. They are away now."""
