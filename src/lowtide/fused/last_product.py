@@ -5,20 +5,22 @@ a quarter of the block's products): it is added to the residual stream, and a su
 early for the same reason. Here the graph itself is made again, so the layer is called as always, and only its product is left out: its
 output has the shape and whatever the memory held.
 
-Which layer is the last to be called is seen in a block's first recompute. That nothing reads its output is seen every time, because what the backward pass
-reads is saved by autograd: if anything is saved after it (by a norm, an activation, a multiplication with a gate), the block is run
-once more as it is, and always after that.
+Which layer is the last to be called is seen in a block's first recompute. What happens to its output is seen every time: from that product on a
+dispatch mode follows the values that were not computed, and allows only operations that move, add or scale them. If there is any other, the
+block is run once more as it is, and always after that. Functions with a backward of their own are found in the graph.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 _T = TypeVar("_T")
 _aten = torch.ops.aten
@@ -36,10 +38,11 @@ class LastProduct:
 
     def __init__(self, block: nn.Module) -> None:
         self._inside = [module for module in block.modules() if module is not block]
-        self._layers = [module for module in self._inside if _has_matrix(module)]
+        self._layers = [module for module in self._inside if _is_plain(module)]
         compiled = any(_is_compiled(module) for module in [block, *self._inside])
         self._possible = bool(self._layers) and not compiled
         self._last: tuple[nn.Module, int] | None = None  # layer, and which of its calls in a recompute
+        self._graph_is_known = False
         self.flops = 0
 
     def run(self, forward: Callable[[], _T]) -> _T:
@@ -57,18 +60,22 @@ class LastProduct:
         if self._last is None:
             return self._find(forward)
         layer, number = self._last
-        found, is_right = self._leave_out(forward, layer, number)
-        if is_right:
+        if "forward" in layer.__dict__:
+            return forward()
+        found, flops = self._leave_out(forward, layer, number)
+        if flops:
+            self.flops = flops
+            assert found is not None
             return found
-        self._possible, self.flops = False, 0
-        del found
+        self._possible = False
         return forward()
 
     def _is_watched(self) -> bool:
         """Somebody's hooks would see values that were not computed."""
-        if torch.nn.modules.module._global_forward_hooks:
+        everywhere = torch.nn.modules.module
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             return True
-        return any(module._forward_hooks for module in self._inside)
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._inside)
 
     def _find(self, forward: Callable[[], _T]) -> _T:
         """Recompute as usual, and see which layer is called last."""
@@ -84,82 +91,148 @@ class LastProduct:
             self._possible = False
         return found
 
-    def _leave_out(self, forward: Callable[[], _T], layer: nn.Module, number: int) -> tuple[_T, bool]:
-        """Recompute without the product of one call of a layer; also whether nothing has needed it."""
-        watch = _Watch()
-        replaced, original, calls = layer.__dict__.get("forward"), layer.forward, 0
+    def _leave_out(self, forward: Callable[[], _T], layer: nn.Module, number: int) -> tuple[_T | None, int]:
+        """Recompute without the product of one call of a layer; the operations left out are 0 if something has needed it."""
+        original, thread, calls = layer.forward, threading.get_ident(), 0
+        modes, mode, node = len(_get_current_dispatch_mode_stack()), _WithoutProduct(), None
+        stack = ExitStack()
 
         def without(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls != number or not watch.sees():
+            nonlocal calls, node
+            if threading.get_ident() != thread:  # the same module is used elsewhere meanwhile
                 return original(*args, **kwargs)
-            with _NoProducts() as mode:
-                out = original(*args, **kwargs)
-            self.flops = mode.flops
-            watch.is_on = mode.flops > 0
+            calls += 1
+            # Under modes of others this one could not be left after them.
+            if calls != number or len(_get_current_dispatch_mode_stack()) != modes:
+                return original(*args, **kwargs)
+            stack.enter_context(mode)
+            out = original(*args, **kwargs)
+            node = out.grad_fn
             return out
 
         layer.__dict__["forward"] = without
         try:
-            with torch.autograd.graph.saved_tensors_hooks(watch.pack, watch.unpack):
+            with stack:
                 found = forward()
+        except Exception:  # of this or of whatever cannot be run so; if it is the block's own it comes again
+            return None, 0
         finally:
-            if replaced is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.__dict__["forward"] = replaced
-        return found, not watch.has_seen
+            del layer.__dict__["forward"]
+        if mode.is_needed or not mode.flops:
+            return None, 0
+        if not self._graph_is_known and not _needs_no_values(found, node):
+            return None, 0
+        self._graph_is_known = True
+        return found, mode.flops
 
 
-class _Watch:
-    """Sees what autograd saves; as hooks for saved tensors it changes nothing."""
-
-    def __init__(self) -> None:
-        self.is_on = self.has_seen = False
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        self.has_seen = self.has_seen or self.is_on
-        return tensor
-
-    def unpack(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def sees(self) -> bool:
-        """Whether what is saved now is seen here, and not by hooks that were put over these."""
-        if self.has_seen:
-            return False
-        self.is_on = True
-        with torch.enable_grad():
-            torch.ones((), requires_grad=True).exp()
-        saw, self.is_on, self.has_seen = self.has_seen, False, False
-        return saw
+class _IsNeeded(Exception):
+    """Values that were not computed would be used."""
 
 
-class _NoProducts(TorchDispatchMode):
-    """Matrix products give tensors of their shape with no values."""
+class _WithoutProduct(TorchDispatchMode):
+    """The first matrix product gives a tensor of its shape with no values, and what becomes of it is followed.
+
+    Attributes:
+        flops: floating-point operations that were left out.
+        is_needed: something uses the values.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
+        self.flops, self.is_needed = 0, False
+        self._without: dict[int, Any] = {}  # storages without values; held, so that no other gets the same address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = _FIRST_FACTOR.get(func)
-        if first is None or any(type(each) not in (Tensor, nn.Parameter) for each in args[first : first + 2]):
-            return func(*args, **(kwargs or {}))
-        left, right = args[first : first + 2]
-        self.flops += 2 * left.numel() * right.shape[-1]
-        return left.new_empty((*left.shape[:-1], right.shape[-1]))
+        kwargs = kwargs or {}
+        if not self._without:
+            first = _FIRST_FACTOR.get(func)
+            if first is None or any(type(each) not in (Tensor, nn.Parameter) for each in args[first : first + 2]):
+                return func(*args, **kwargs)
+            left, right = args[first : first + 2]
+            out = left.new_empty((*left.shape[:-1], right.shape[-1]))
+            self.flops = 2 * left.numel() * right.shape[-1]
+            self._mark(out)
+            return out
+        given = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if not any(self._is_without(each) for each in given):
+            return func(*args, **kwargs)
+        if func in _SCALES and len(given) == 1:
+            pass  # by a number
+        elif func not in _NEEDS_NO_VALUES:
+            self.is_needed = True
+            raise _IsNeeded(str(func))
+        out = func(*args, **kwargs)
+        for each in pytree.tree_leaves(out):
+            if isinstance(each, Tensor):
+                self._mark(each)
+        return out
+
+    def _mark(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._without[storage._cdata] = storage
+
+    def _is_without(self, tensor: Tensor) -> bool:
+        try:
+            return tensor.untyped_storage()._cdata in self._without
+        except (NotImplementedError, RuntimeError):  # a sparse tensor, or a wrapper: not one that came from here
+            return False
 
 
 # Where the factors are among the arguments.
 _FIRST_FACTOR = {
     _aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1
 }  # fmt: skip
+_SCALES = {_aten.mul.Tensor, _aten.mul_.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div_.Tensor, _aten.div.Scalar}
+_NEEDS_NO_VALUES = {
+    _aten.add.Tensor, _aten.add_.Tensor, _aten.add.Scalar, _aten.sub.Tensor, _aten.sub_.Tensor, _aten.rsub.Scalar, _aten.neg.default,
+    _aten.view.default, _aten._unsafe_view.default, _aten.alias.default, _aten.detach.default, _aten.unsqueeze.default, _aten.squeeze.dim,
+    _aten.squeeze.default, _aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.expand.default, _aten.clone.default,
+    _aten._to_copy.default, _aten.cat.default, _aten.slice.Tensor, _aten.select.int, _aten.split.Tensor, _aten._reshape_alias.default,
+}  # fmt: skip
+_NODES = {
+    "AddBackward0", "SubBackward0", "RsubBackward1", "NegBackward0", "MulBackward0", "DivBackward0", "ViewBackward0", "UnsafeViewBackward0",
+    "AliasBackward0", "UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "TBackward0", "TransposeBackward0", "PermuteBackward0",
+    "ExpandBackward0", "CloneBackward0", "ToCopyBackward0", "CatBackward0", "SliceBackward0", "SelectBackward0", "SplitBackward0", "ReshapeAliasBackward0",
+}  # fmt: skip
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    return any(param.dim() >= 2 for param in module.parameters(recurse=False))
+def _needs_no_values(found: Any, node: Any) -> bool:
+    """Whether all that leads from a node to what was found is of torch's own kinds that keep no values.
+
+    Args:
+        found: what a block returned.
+        node: of the graph, in front of what was left out.
+    """
+    if node is None:
+        return True
+    followers: dict[Any, list[Any]] = {}
+    todo = [leaf.grad_fn for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        each = todo.pop()
+        for other, _ in each.next_functions:
+            if other is not None:
+                followers.setdefault(other, []).append(each)
+                if other not in seen:
+                    seen.add(other)
+                    todo.append(other)
+    todo, passed = list(followers.get(node, ())), set()
+    while todo:
+        each = todo.pop()
+        if each not in passed:
+            passed.add(each)
+            if each.name() not in _NODES:
+                return False
+            todo.extend(followers.get(each, ()))
+    return True
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A layer whose forward is one product with its weight: ``nn.Linear``, or transformers' ``Conv1D``, and no class derived from them."""
+    return type(module) is nn.Linear or (
+        type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    )
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -74,7 +74,8 @@ def linear_cross_entropy(
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     follows = torch.is_grad_enabled()  # a backward pass may
     use = intake.begin(weight) if intake is not None and follows and weight.requires_grad else None
-    kept = _KeptLogits(_MAX_KEPT_BYTES if follows else 0)
+    trained = any(each is not None and each.requires_grad for each in (hidden, weight, bias))
+    kept = _KeptLogits(_MAX_KEPT_BYTES if follows and trained else 0)
     total = _LinearCrossEntropy.apply(
         hidden, weight, bias, labels.reshape(-1)[counted], scale, softcap, intake, use, kept
     )

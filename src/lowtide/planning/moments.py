@@ -63,8 +63,8 @@ class StepTrace:
         Args:
             working: of each block.
             measure: of each block in the first pass of exact clipping, where no parameter is updated.
-            trimmed: for each block, whether free memory is given back before it when there is much of it, as every home does
-                for large blocks. None for all.
+            trimmed: for each block, whether free memory is given back before it when there is much of it, as the
+                device's home does for large blocks. None for all.
         """
         candidates, heap = [self.before], _Heap()
         if self.keeps and not self.moments:

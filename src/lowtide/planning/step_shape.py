@@ -20,6 +20,7 @@ from .block_trace import BlockCall, WorkingSet, trace_block
 from .fallback import untraced_step, untraced_working_set
 from .footprint import Footprint, Unit, skeleton, sum_bytes
 from .hardware import computes_bfloat16
+from .left_out import left_out_flops
 from .moments import StepTrace
 from .step_trace import trace_step
 from .tracing import HEAP_BELOW, KEPT, POOLS, STATE, WEIGHTS, WORKING, Bytes, added
@@ -123,7 +124,7 @@ class StepShape:
             gathered: its weights are spread over ranks, and ``step`` has no updates: these are of a rank's rows, see ``sharded.py``.
         """
         other = copy.copy(self)
-        for name in ("step", "step_in_slices", "largest_activations"):
+        for name in ("step", "step_in_slices", "left_out_flops", "largest_activations"):
             other.__dict__.pop(name, None)
         other.batch_size, other.seq_len, other._working, other.gathered = batch_size, seq_len, {}, gathered
         return other
@@ -166,6 +167,11 @@ class StepShape:
     def step(self) -> StepTrace:
         """The step outside its blocks, with whole gradients of head and embedding."""
         return self._traced()
+
+    @cached_property
+    def left_out_flops(self) -> float:
+        """Operations that one recompute of all blocks leaves out."""
+        return left_out_flops(self.step.calls)
 
     @cached_property
     def step_in_slices(self) -> StepTrace:

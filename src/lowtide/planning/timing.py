@@ -21,12 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ..fused.last_product import LastProduct
 from ..fused.slices import can_be_held
-from .attention import fused_attention
-from .block_trace import BlockCall
 from .footprint import Unit
 from .head_loss import kept_share
 from .speeds import Speeds
@@ -129,40 +125,8 @@ def step_flops(shape: StepShape) -> float:
     weight = model.get_output_embeddings().weight
     head = 2 * tokens * weight.numel()
     num_head = passes - kept_share(tokens, weight, shape.dtype.itemsize) + _repeated_logits(shape)
-    not_again += _left_out(shape) * (2 if shape.exact_clipping else 1)
+    not_again += shape.left_out_flops * (2 if shape.exact_clipping else 1)
     return float(passes * sum(layers) - not_again + num_head * head)
-
-
-def _left_out(shape: StepShape) -> float:
-    """Operations of products that recomputes of all blocks leave out (``fused/last_product.py``)."""
-    alike: dict[Any, float] = {}
-    total = 0.0
-    for call in shape.step.calls:
-        key = (type(call.block), tuple(param.shape for param in call.block.parameters()))
-        if key not in alike:
-            alike[key] = _left_out_of(call)
-        total += alike[key]
-    return total
-
-
-def _left_out_of(call: BlockCall) -> float:
-    product = LastProduct(call.block)
-
-    def forward() -> Any:
-        args, kwargs = pytree.tree_map_only(Tensor, _with_gradient, (call.args, call.kwargs))
-        return call.block(*args, **kwargs)
-
-    try:
-        with torch.device("meta"), torch.enable_grad(), fused_attention():
-            product.run(forward)
-            product.run(forward)
-    except Exception:  # a block that cannot run on the meta device
-        return 0.0
-    return float(product.flops)
-
-
-def _with_gradient(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 
 def _repeated_logits(shape: StepShape) -> int:

@@ -42,7 +42,7 @@ class MemoryTrim:
     What a block has freed the next one needs again, and getting it back page by page costs time: giving all of it back around every block
     took a tenth of a step. But not everything finds room in what is free, so that the heap grows from block to block. So it is given back where
     forward turns to backward, which need pieces of other sizes, and whenever it is more than the first block there leaves
-    (``benchmarks/memory_trim.py``). In the first step, when that is not known, it is given back around every block.
+    (``benchmarks/memory_trim.py``). In the first forward pass, when that is not known, it is given back around every block.
     """
 
     def __init__(self) -> None:
@@ -58,12 +58,15 @@ class MemoryTrim:
         if not self._is_wanted(block):
             return
         resident = resident_bytes()
-        if self._floor is not None and resident is not None and self._previous is not None and not self._previous[1]:
+        behind = (
+            self._previous is not None and self._previous[0] is not block and not self._previous[1]
+        )  # another's backward
+        if behind and self._floor is not None and resident is not None:
             self._left, self._floor = [*self._left[-1:], resident - self._floor], None
         if self._previous == (block, True):
             self._last = block
             self._give_back()
-            self._highest = self._floor or 0
+            self._highest, self._left = self._floor or 0, []  # what was left with another batch is no measure
         elif resident is None or not self._left or resident > self._highest + max(self._left):
             self._give_back()
 
