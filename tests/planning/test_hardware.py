@@ -94,7 +94,7 @@ def test_this_machine_has_memory():
 
 def test_resident_set_grows_and_the_peak_stays():
     script = """
-from lowtide.planning.hardware import peak_resident_bytes, resident_bytes
+from lowtide.planning import peak_resident_bytes, resident_bytes
 before = resident_bytes()
 block = b"x" * (200 << 20)
 during = resident_bytes()

@@ -1,4 +1,3 @@
-import psutil
 import pytest
 import torch
 from torch import nn
@@ -103,20 +102,6 @@ def test_longer_batches_are_followed(machine):
     machine.trims = []
     step(machine, device, blocks)
     assert len(machine.trims) <= 6
-
-
-def test_where_resident_memory_cannot_be_read_it_is_given_back_always(machine, monkeypatch):
-    monkeypatch.setattr(home, "resident_bytes", lambda: None)
-    blocks = large_blocks(3)
-    step(machine, home.DeviceHome(), blocks)
-    assert len(machine.trims) >= 2 * len(blocks)
-
-
-def test_resident_bytes_are_those_of_this_process():
-    found, expected = home.resident_bytes(), psutil.Process().memory_info().rss
-    if found is None:
-        pytest.skip("no /proc")
-    assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_other_c_libraries_do_without(monkeypatch):

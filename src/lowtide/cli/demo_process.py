@@ -97,7 +97,7 @@ def own_peak_bytes() -> int:
 
 def train_task(settings: dict[str, Any]) -> dict[str, Any]:
     """Fine-tune. ``settings``: the fields of a ``TrainConfig``."""
-    from ..planning.hardware import resident_bytes
+    from ..planning import resident_bytes
     from ..training import TrainConfig, train
 
     library_bytes = resident_bytes()
@@ -123,7 +123,7 @@ def adamw_task(settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from ..models import load_model, load_tokenizer, parse_dtype
-    from ..planning.hardware import resident_bytes
+    from ..planning import resident_bytes
     from ..training import TrainConfig
     from ..training.data import load_data
 

@@ -1,5 +1,6 @@
 """Whether it fits: what a model takes, and what this machine has."""
 
+from ..weights.home import resident_bytes
 from .better_buy import Option, better_buy, compare_ranks, one_rank
 from .comparison import Method, as_method, compare
 from .footprint import Footprint, Unit, num_parameters, weights_bytes
@@ -8,7 +9,6 @@ from .hardware import (
     computes_bfloat16,
     device_available_bytes,
     peak_resident_bytes,
-    resident_bytes,
 )
 from .planner import Limits, Plan, make_plan
 from .sharded import Sharding, rank_footprint, rank_shape, sharded_footprint

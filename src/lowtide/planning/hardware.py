@@ -30,11 +30,6 @@ def available_host_bytes(*, root: Path = Path("/")) -> int:
     return max(0, min(room))
 
 
-def resident_bytes() -> int:
-    """The resident set of this process now: memory it holds in RAM, pages of mapped files included."""
-    return int(psutil.Process().memory_info().rss)
-
-
 def peak_resident_bytes(*, root: Path = Path("/")) -> int:
     """The largest resident set this process ever had.
 

@@ -82,9 +82,7 @@ class StepTrace:
             first = index == 0 or self.moments[index - 1].phase != moment.phase
             heap.grow(moment.heap, most, fresh=first)
             if trims and not first and not forward:
-                heap.top += round(
-                    LEFT_BEHIND * most
-                )  # free memory of earlier blocks is given back when there is more of it
+                heap.top += round(LEFT_BEHIND * most)  # more than that is given back
             candidates.append(added(moment.live, peak, {ALLOCATOR: heap.top - moment.heap - most}))
             start, most = moment.after_heap
             last = index + 1 == len(self.moments) or self.moments[index + 1].phase != moment.phase

@@ -17,7 +17,8 @@ import torch
 
 from ..fusing import Engine, fuse
 from ..optim import Lomo
-from ..planning import Footprint, peak_resident_bytes, resident_bytes
+from ..planning import Footprint, peak_resident_bytes
+from ..weights.home import resident_bytes
 from .config import TrainConfig
 from .memory_trace import GRADIENTS, KEPT, STATE, WEIGHTS, MemoryTrace
 from .planned import predicted

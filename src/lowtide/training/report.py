@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..evaluation import LossResult
 from ..optim.shards import local_part
-from ..planning.hardware import peak_resident_bytes, resident_bytes
+from ..planning.hardware import peak_resident_bytes
+from ..weights.home import resident_bytes
 from .events import Listener
 
 if TYPE_CHECKING:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Callable
 from functools import cache
 
+import psutil
 from torch import nn
 
 # Smaller blocks leave little behind, and giving memory back costs time.
@@ -58,16 +58,14 @@ class MemoryTrim:
         if not self._is_wanted(block):
             return
         resident = resident_bytes()
-        behind = (
-            self._previous is not None and self._previous[0] is not block and not self._previous[1]
-        )  # another's backward
-        if behind and self._floor is not None and resident is not None:
+        previous, in_forward = self._previous or (block, True)
+        if previous is not block and not in_forward and self._floor is not None:
             self._left, self._floor = [*self._left[-1:], resident - self._floor], None
         if self._previous == (block, True):
             self._last = block
             self._give_back()
             self._highest, self._left = self._floor or 0, []  # what was left with another batch is no measure
-        elif resident is None or not self._left or resident > self._highest + max(self._left):
+        elif not self._left or resident > self._highest + max(self._left):
             self._give_back()
 
     def after_forward(self, block: nn.Module) -> None:
@@ -101,13 +99,9 @@ class MemoryTrim:
         self._floor = resident_bytes()
 
 
-def resident_bytes() -> int | None:
-    """Memory of this process that is resident now, as Linux counts it; None elsewhere."""
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:
-            return int(file.read(128).split()[1]) * mmap.PAGESIZE
-    except (OSError, ValueError, IndexError):
-        return None
+def resident_bytes() -> int:
+    """The resident set of this process now: memory it holds in RAM, pages of mapped files included."""
+    return int(psutil.Process().memory_info().rss)
 
 
 # mallopt(3): free memory at the top of the heap goes back to the system from so many bytes on, and pieces of so many get a mapping of
