@@ -264,6 +264,53 @@ def test_pairs_and_conversations_are_cut_at_their_end_and_counted(tokenizer):
     ]
 
 
+def test_cut_at_the_start_the_answer_is_kept(tokenizer):
+    record = pair("Is it low? Answer:", " yes, it is low and the boat is on the sand.")
+    whole = encode_one(record, tokenizer)
+    length = whole.labels.count(-100) + 2  # two tokens more than the prompt
+    examples, stats = encode([record, pair("a", "b")], tokenizer, length, truncation="start")
+    assert examples[0].input_ids == whole.input_ids[-length:]
+    assert examples[0].labels == [-100, *whole.labels[-length + 1 :]]
+    assert (stats.num_truncated, stats.num_dropped) == (1, 0)
+    assert examples[1] == encode_one(pair("a", "b"), tokenizer)
+    assert (
+        encode([chat(CHAT)], tokenizer, 6, truncation="start")[0][0].input_ids
+        == encode_one(chat(CHAT), tokenizer).input_ids[-6:]
+    )
+
+
+def test_a_long_prompt_does_not_cost_its_answer(tokenizer):
+    record = pair("The boat is on the sand. " * 9, " yes")
+    with pytest.raises(ValueError, match="has a token to train on within 8 tokens"):
+        encode([record], tokenizer, 8)
+    (example,), _ = encode([record], tokenizer, 8, truncation="start")
+    assert len(example.input_ids) == 8
+    assert trained_parts(example, tokenizer) == [" yes<|endoftext|>"]
+
+
+def test_the_token_that_begins_a_sequence_is_kept(make_tokenizer, templates):
+    tokenizer = make_tokenizer(templates.chatml)
+    tokenizer.bos_token = "<|im_start|>"
+    record = Record(
+        "f.jsonl", 7, messages=[{"role": "user", "content": "low " * 20}, {"role": "assistant", "content": "yes"}]
+    )
+    whole = encode_one(record, tokenizer)
+    assert whole.input_ids[0] == tokenizer.bos_token_id
+    (example,), _ = encode([record], tokenizer, 8, truncation="start")
+    assert example.input_ids == [whole.input_ids[0], *whole.input_ids[-7:]]
+    assert example.labels == [-100, *whole.labels[-7:]]
+
+
+def test_texts_are_split_whatever_the_truncation(tokenizer):
+    record = text("The boat is on the sand. " * 9)
+    assert encode([record], tokenizer, 7, truncation="start") == encode([record], tokenizer, 7)
+
+
+def test_there_are_two_ways_to_truncate(tokenizer):
+    with pytest.raises(ValueError, match="truncation must be one of end, start, got 'middle'"):
+        encode([pair("a", "b")], tokenizer, truncation="middle")
+
+
 def test_what_has_nothing_left_to_train_on_is_dropped_and_counted(tokenizer):
     long = pair("Is it low? Answer:", " yes")
     length = len(context(encode_one(long, tokenizer)))

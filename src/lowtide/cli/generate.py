@@ -109,7 +109,9 @@ class Speaker:
     @property
     def max_prompt_tokens(self) -> int:
         """What the model's context has room for beside the answer; at least 1."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        from ..models.context import context_length
+
+        limit = context_length(self.model.config)
         return sys.maxsize if limit is None else max(1, limit - self.max_new_tokens)
 
     def encode(self, messages: list[dict[str, str]]) -> Any:

@@ -1,10 +1,11 @@
 """Batches: examples become tensors, packed into full sequences or padded, in an order that (seed, epoch) decide.
 
 Packed sequences hold several whole examples each. ``position_ids`` restart at 0 with every example; transformers builds
-the block-diagonal attention mask from that, so that no example attends to another. Two conditions of transformers
-(5.23): the model must run without a cache (``model.config.use_cache = False``; with one the mask is plain causal and
-examples leak into each other), and attention is "sdpa", "eager" or "flex_attention"; those that are called flash tell documents
-apart in a batch of one row only (see ``TrainConfig.rows_at_once``).
+the block-diagonal attention mask from that, so that no example attends to another. Three conditions of transformers
+(5.23): the model must be one that does so (``lowtide.evaluation.keeps_documents_apart`` asks it), it must run without a cache
+(``model.config.use_cache = False``; with one the mask is plain causal and examples leak into each other), and attention is "sdpa",
+"eager" or "flex_attention"; those that are called flash tell documents apart in a batch of one row only (see
+``TrainConfig.rows_at_once``).
 
 Shapes: B rows of a batch, S positions of a row.
 """
@@ -89,6 +90,28 @@ class Batches:
             sizes = numpy.diff(numpy.append(firsts, num_sequences))
             num_positions = int((self._padded(numpy.maximum.reduceat(rows, firsts)) * sizes).sum(dtype=numpy.int64))
         return 1 - int(self._chosen.lengths.sum(dtype=numpy.int64)) / num_positions
+
+    @property
+    def row_length(self) -> int:
+        """S of the longest batch."""
+        return self.max_seq_len if self.packing else int(self._padded(self._chosen.lengths.max()))
+
+    @property
+    def shares_rows(self) -> bool:
+        """Some row holds several examples."""
+        return len(self._bounds) - 1 < len(self._chosen)
+
+    def padded(self) -> Batches:
+        """The same examples, one a row."""
+        return Batches(
+            self._chosen,
+            batch_size=self.batch_size,
+            max_seq_len=self.max_seq_len,
+            pad_token_id=self.pad_token_id,
+            packing=False,
+            seed=self.seed,
+            shuffle=self.shuffle,
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ _logger = get_logger(__name__)
 # A call of a fast tokenizer is parallel over its texts; more at once only costs memory, about 100 bytes a token.
 _RECORDS_PER_CALL = 1024
 _CHARACTERS_PER_CALL = 2**20
+TRUNCATIONS = ("end", "start")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Encoded:
     Attributes:
         record: its number, counted from 0.
         examples: that fit.
-        num_truncated: examples that were cut at their end; either none or all of them.
+        num_truncated: examples that were cut; either none or all of them.
         num_dropped: examples left out, because nothing is trained on in what fits.
     """
 
@@ -55,9 +56,11 @@ class Encoder:
 
     A longer text becomes several examples with ``split_long`` (what packing wants): each begins with the last token of
     the one before, so that every token but the very first is predicted exactly once. Without it a text keeps its start.
-    Longer prompt/completion and messages records are always cut at their end.
+    Longer prompt/completion and messages records are cut, at their end or at their beginning.
 
     Attributes:
+        truncation: of them, one of ``TRUNCATIONS``: "end" may cut the answer off, and what then has nothing to train on is dropped; "start"
+            keeps the last tokens, behind the token that begins every sequence, if the tokenizer has one.
         num_records: so far.
         only_text: all of them were texts.
         others: as named.
@@ -69,6 +72,7 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     max_seq_len: int
     split_long: bool = True
+    truncation: str = "end"
     num_records: int = 0
     only_text: bool = True
     _num_rewritten: int = 0
@@ -82,6 +86,8 @@ class Encoder:
             raise ValueError(
                 f"--max-seq-len must be at least 2 (a token and the one it predicts), got {self.max_seq_len}"
             )
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation must be one of {', '.join(TRUNCATIONS)}, got {self.truncation!r}")
 
     def encode(self, records: Iterable[Record]) -> Iterator[Encoded]:
         """The examples of every record, in the order of the records.
@@ -130,14 +136,24 @@ class Encoder:
         split = self.split_long and record.text is not None
         examples: list[Example] = []
         num_truncated = num_dropped = 0
+        from_start = self.truncation == "start" and record.text is None
         for example in whole:
-            pieces = _cut(example, self.max_seq_len, split)
+            pieces = self._keep_end(example) if from_start else _cut(example, self.max_seq_len, split)
             if not pieces:
                 self._look_at_dropped(example)
             examples += pieces
             num_dropped += not pieces
             num_truncated += bool(pieces) and not split and len(example.input_ids) > self.max_seq_len
         return Encoded(number, examples, num_truncated, num_dropped)
+
+    def _keep_end(self, example: Example) -> list[Example]:
+        """The example without its beginning, if it is too long."""
+        ids, labels = example.input_ids, example.labels
+        if len(ids) > self.max_seq_len:
+            first = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+            kept = self.max_seq_len - len(first)
+            ids, labels = first + ids[-kept:], [IGNORED] * len(first) + labels[-kept:]
+        return _cut(Example(ids, labels), self.max_seq_len, False)
 
     def _fit_piece(self, record: Record, ids: list[int], number: int) -> Encoded:
         """The same examples as if the text had come as a whole."""
@@ -164,7 +180,12 @@ class Encoder:
 
 
 def encode_records(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_seq_len: int, *, split_long: bool = True
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    *,
+    split_long: bool = True,
+    truncation: str = "end",
 ) -> tuple[list[Example], TokenStats]:
     """Tokenise records into examples of at most ``max_seq_len`` tokens, in the order of the records; see :class:`Encoder`.
 
@@ -172,7 +193,7 @@ def encode_records(
         ValueError: there are no records, or not one example has a trained token within ``max_seq_len``; the tokenizer
             has no end-of-sequence token (text, prompt/completion), no chat template or no offsets (messages).
     """
-    encoder = Encoder(tokenizer, max_seq_len, split_long)
+    encoder = Encoder(tokenizer, max_seq_len, split_long, truncation)
     encoded = list(encoder.encode(records))
     examples = [example for each in encoded for example in each.examples]
     encoder.end(len(examples))

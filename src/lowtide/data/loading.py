@@ -217,13 +217,15 @@ class _Warnings(logging.Handler):
         self.lines.append((record.name, record.getMessage()))
 
 
-def tokens_of_records(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> TokenStore:
+def tokens_of_records(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_seq_len: int, *, truncation: str = "end"
+) -> TokenStore:
     """A store in memory of records that are there already; without ``info``.
 
     Raises:
         ValueError: as :func:`encode_records`.
     """
-    encoder, writer = Encoder(tokenizer, max_seq_len), StoreWriter()
+    encoder, writer = Encoder(tokenizer, max_seq_len, truncation=truncation), StoreWriter()
     for encoded in encoder.encode(records):
         writer.add(encoded)
     encoder.end(writer.num_examples)

@@ -1,6 +1,7 @@
 """How good a model is: held-out loss and perplexity, and accuracy on multiple choice."""
 
 from ..data import ChoiceItem
+from .apart import keeps_documents_apart, ordinary_tokens
 from .choices import NORMALIZATIONS, ChoiceResult, choice_accuracies, choice_accuracy, choice_log_likelihoods
 from .likelihood import LossResult, evaluate_loss
 from .samples import Sample, answer_samples, choose_samples
@@ -17,4 +18,6 @@ __all__ = [
     "choice_log_likelihoods",
     "choose_samples",
     "evaluate_loss",
+    "keeps_documents_apart",
+    "ordinary_tokens",
 ]

@@ -42,6 +42,21 @@ class TrainData:
     choices: Sequence[ChoiceItem] = ()
     num_skipped: int = 0
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of the longest row there is."""
+        return max(each.row_length for each in (self.train, self.held_out) if each is not None)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Some row holds several examples."""
+        return any(each.shares_rows for each in (self.train, self.held_out) if each is not None)
+
+    def padded(self) -> TrainData:
+        """The same with one example a row."""
+        held_out = None if self.held_out is None else self.held_out.padded()
+        return dataclasses.replace(self, train=self.train.padded(), held_out=held_out)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainInputs:
@@ -111,9 +126,11 @@ def load_data(
     inputs = inputs or find_data(config)
     if inputs.task is not None:
         name = config.task or ""
-        train = tokens_of_records(as_records(inputs.task.train, name), tokenizer, config.max_seq_len)
-        held_out = tokens_of_records(as_records(inputs.task.dev, f"{name} (dev)"), tokenizer, config.max_seq_len)
-        chosen, evaluated = train.all(), held_out.all()
+        # Of a long prompt its end is kept, with the question and the answer.
+        chosen, evaluated = (
+            tokens_of_records(records, tokenizer, config.max_seq_len, truncation="start").all()
+            for records in (as_records(inputs.task.train, name), as_records(inputs.task.dev, f"{name} (dev)"))
+        )
         return _batches(config, tokenizer, chosen, evaluated, only_text=False, choices=inputs.task.dev)
     train = _load(config, tokenizer, inputs.train, show_progress)
     num_skipped = train.info["num_bad"]

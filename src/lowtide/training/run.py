@@ -21,6 +21,7 @@ from ..evaluation import LossResult, choice_accuracies, evaluate_loss
 from ..fusing import fuse
 from ..log import get_logger
 from ..models import Adapters, ChunkedLoss, load_model, load_tokenizer, parse_dtype, set_attention
+from ..models.context import check_context
 from ..models.lora import require_peft
 from ..planning import computes_bfloat16
 from ..ranks import ALONE, Ranks
@@ -32,6 +33,7 @@ from .config import TrainConfig
 from .data import TrainData, TrainInputs, find_data, load_data
 from .interrupt import StopAfterStep
 from .memory_trace import TRACED_STEP, MemoryTrace
+from .packing import exact_rows
 from .planned import Placement, place_as_set, plan_placement, predicted_by_kind
 from .report import Reporter, count_tokens, program_bytes
 from .resume import versions
@@ -231,6 +233,7 @@ def prepare(
         )  # fmt: skip
     if config.attention is not None:
         set_attention(model, config.attention)
+    check_context(model, data.row_length, "set max_seq_len (--max-seq-len) to {limit}")
     torch.manual_seed(random_seed(config.seed, ranks.rank))  # here: it must not depend on what loading the model drew
     adapters = make_adapters(config, model, checkpoint)
     state = optimizer_state_bytes(config, model, adapters)
@@ -257,6 +260,11 @@ def prepare(
         device=device if placement.streamed else None,
         block_inputs=placement.block_inputs,
     )
+    try:
+        data = exact_rows(config, model, tokenizer, data)
+    except BaseException:
+        engine.remove(keep_copy=False)  # nothing has been trained yet
+        raise
     num_steps = count_steps(config, len(data.train))
     if sharded:
         same_everywhere(ranks, "data and steps", {"data": data.train.fingerprint, "steps": num_steps})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..evaluation.samples import answer_samples, choose_samples, texts_of
 from ..log import get_logger
+from ..models.context import context_length
 from .rng import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def take_samples(run: Run) -> None:
     held_out, count = run.data.held_out, num_samples(run)
     if held_out is None or count == 0:
         return
-    limit = getattr(run.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(run.model.config)
     chosen = choose_samples(held_out, count, limit)
     if not chosen:
         _logger.info("no samples: the held-out prompts are too long")

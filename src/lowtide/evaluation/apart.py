@@ -1,0 +1,96 @@
+"""Whether a model keeps the documents of a packed row apart: asked of the model itself, in one short forward pass.
+
+``position_ids`` that begin again are all that says where a document of a packed row ends. Most models of transformers make their
+attention mask from it; some do not look at it (GPT-OSS, OPT, Falcon, BLOOM in 5.23), and a state or a convolution that runs along the row
+(Mamba, Qwen3-Next, LFM2) goes from one document into the next, whatever the mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..optim.shards import compute_device
+
+_DOCUMENT = 8  # tokens of a document: the second begins within any window or kernel that reaches beyond one token
+# Differences that rounding explains, relative to the size of the logits. In the same place of a row there are none in the models that were
+# looked at; between two places sums have another order.
+_SAME_PLACE = {torch.float32: 2e-6, torch.float64: 2e-6}  # 16-bit ones: 2e-3
+_OTHER_PLACE = {torch.float32: 1e-3, torch.float64: 1e-3}  # 16-bit ones: a tenth
+
+
+def keeps_documents_apart(model: nn.Module, token_ids: Sequence[int], *, one_row_at_a_time: bool = False) -> bool:
+    """Whether a document's logits are what they are alone, whatever stands before it in its row.
+
+    No gradients, in evaluation mode, and mode and random state are as before.
+
+    Args:
+        model: a causal language model of transformers, as it will be trained: its attention, and the engine if there is one.
+        token_ids: ordinary tokens, at least two different ones; they are repeated if they are few.
+        one_row_at_a_time: for flash attention, which tells documents apart in batches of one row only.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    takes_rest = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    if "position_ids" not in parameters and not takes_rest:
+        return False
+    first, other, second = _documents(token_ids)
+    rows = torch.stack(
+        [torch.cat(pair) for pair in ((first, second), (other, second), (second, first), (first, second))]
+    )
+    position_ids = torch.arange(_DOCUMENT).repeat(2).expand(len(rows), -1)
+    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    device, was_training = compute_device(next(model.parameters())), model.training
+    pieces = range(len(rows)) if one_row_at_a_time else (slice(None),)
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            logits = torch.cat([
+                model(input_ids=rows[piece].view(-1, 2 * _DOCUMENT).to(device), position_ids=position_ids[piece].view(-1, 2 * _DOCUMENT).to(device), **options).logits
+                for piece in pieces
+            ])  # fmt: skip
+    finally:
+        model.train(was_training)
+    return _are_apart(logits, next(model.parameters()).dtype)
+
+
+def _documents(token_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Three, int64 [_DOCUMENT] each, the first two with another token in every place."""
+    if len(set(token_ids)) < 2:
+        raise ValueError(f"at least two different tokens are needed, got {list(token_ids)[:4]}")
+    ids = torch.tensor(list(dict.fromkeys(token_ids)))
+    index = torch.arange(_DOCUMENT)
+    return ids[index % len(ids)], ids[(index + 1) % len(ids)], ids[(index * 3 + 2) % len(ids)]
+
+
+def _are_apart(logits: Tensor, dtype: torch.dtype) -> bool:
+    """Of rows [first second], [other second], [second first] and [first second], [4, 2 * _DOCUMENT, V]."""
+    logits = logits.float()
+    second, after_other, again = (logits[row, _DOCUMENT:] for row in (0, 1, 3))
+    at_the_start = logits[2, :_DOCUMENT]
+    size = _distance(second, second.mean(dim=-1, keepdim=True))
+    noise = 4 * _distance(second, again)
+    same = noise + _SAME_PLACE.get(dtype, 2e-3) * size
+    elsewhere = noise + _OTHER_PLACE.get(dtype, 0.1) * size
+    return _distance(second, after_other) <= same and _distance(second, at_the_start) <= elsewhere
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Mean over the vocabulary, at the token where it is largest."""
+    return (one - other).abs().mean(dim=-1).amax().item()
+
+
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, count: int = 3 * _DOCUMENT) -> list[int]:
+    """Tokens that mean text, from all over the vocabulary.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: rows of the model's embedding.
+        count: how many, if there are so many.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    found = [token for token in range(min(len(tokenizer), vocab_size)) if token not in special]
+    return found[:: max(1, len(found) // count)][:count]
