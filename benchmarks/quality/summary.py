@@ -11,7 +11,9 @@ from pathlib import Path
 from cost import CHECKPOINTED, costs_of
 from run import GRID, TASKS, best_rate, rows_of
 
-LEARNT_ERRORS = 2.0  # a task is learnable if AdamW beats the most frequent answer by so many standard errors
+LEARNT_ERRORS = (
+    2.0  # a task is learnt if AdamW beats the most frequent answer and the untrained model by so many standard errors
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +66,13 @@ def results(options: argparse.Namespace) -> Iterator[Result]:
 
 
 def learnable(found: list[Result], task: str) -> bool:
-    """Whether AdamW, in all seeds there are together, is better than always the most frequent answer."""
+    """Whether AdamW, in the mean over its seeds, is better than always the most frequent answer, and than the model was before."""
+    before = next((each.mean for each in found if (each.task, each.method) == (task, "zero-shot")), 0.0)
     for each in found:
         if (each.task, each.method) == (task, "adamw"):
             share = each.mean / 100
             error = 100 * (share * (1 - share) / each.num_test) ** 0.5
-            return each.mean > each.majority + LEARNT_ERRORS * error
+            return each.mean > max(each.majority, before) + LEARNT_ERRORS * error
     return False
 
 
@@ -100,17 +103,22 @@ def table(options: argparse.Namespace) -> str:
     tasks = dict.fromkeys(each.task for each in found if each.method == "adamw")
     lines += ["", f"Learnt by AdamW: {', '.join(task for task in tasks if learnable(found, task)) or 'none'}. Not learnt: "
               f"{', '.join(task for task in tasks if not learnable(found, task)) or 'none'}."]  # fmt: skip
-    lines += averages(found, [task for task in tasks if learnable(found, task) and compared(found, task)])
+    both = [task for task in tasks if compared(found, task)]
+    learnt = [task for task in both if learnable(found, task)]
+    lines += averages(found, learnt)
+    if both != learnt:
+        lines += averages(found, both)
     return "\n".join(lines)
 
 
 def compared(found: list[Result], task: str) -> bool:
-    """Whether AdamW has several seeds there; a first look has one."""
-    return any((each.task, each.method) == (task, "adamw") and each.spread is not None for each in found)
+    """Whether AdamW has several seeds there, and another method, too; a first look has one."""
+    methods = {each.method for each in found if each.task == task and each.spread is not None}
+    return "adamw" in methods and len(methods) > 1
 
 
 def averages(found: list[Result], tasks: list[str]) -> list[str]:
-    """Methods with several seeds on every learnable task, over these tasks; the deviation is that of the average."""
+    """Methods with several seeds on every one of these tasks, over them; the deviation is that of the average."""
     lines = []
     for method in GRID:
         own = [each for each in found if each.method == method and each.task in tasks and each.spread is not None]
