@@ -224,17 +224,6 @@ def test_a_hub_data_set_is_its_train_split(monkeypatch):
         read_records("org/some-chats")
 
 
-def test_a_hub_data_set_that_cannot_be_had_is_one_line(monkeypatch):
-    def load_dataset(name, split):
-        raise ConnectionError("no network\nand many more lines")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(FileNotFoundError) as caught:
-        read_records("org/name")
-    says = "org/name: neither an existing path nor a data set that the hub gave (ConnectionError: no network)"
-    assert str(caught.value) == says
-
-
 def test_bad_lines_can_be_skipped_and_are_named(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(

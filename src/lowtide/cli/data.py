@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files, directories or data sets of the hub, as in lowtide train",
+        help="files, directories or data sets of the hub (org/name[:config][@split]), as in lowtide train",
     )
     parser.add_argument(
         "--model",

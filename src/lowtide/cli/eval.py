@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         metavar="FILE|DIR",
-        help="with --task: the directory of its files, default: the Hugging Face hub; without: text or JSONL to measure the loss on",
+        help="with --task: the directory of its files, default: the Hugging Face hub; without: files, directories or data sets of the hub "
+        "(org/name[:config][@split]) to measure the loss on, in any format of lowtide train",
     )
     parser.add_argument(
         "--scoring", choices=("sum", "per_token"), help="of a task: the accuracy that counts (default: per_token)"
@@ -199,7 +200,7 @@ def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     cache = None
     if args.data_cache != "none":
         cache = TokenCache(default_cache_folder() if args.data_cache is None else Path(args.data_cache).expanduser())
-    store = load_tokens(find_inputs(args.data), tokenizer, args.max_seq_len, cache=cache)
+    store = load_tokens(find_inputs(args.data, held_out=True), tokenizer, args.max_seq_len, cache=cache)
     stats = store.all().stats()
     print(f"{stats.num_records} records, {stats.num_trained_tokens} tokens that count", flush=True)
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)

@@ -85,7 +85,7 @@ class TrainConfig:
     )
     data: Sequence[str] = _option(
         MODEL_AND_DATA,
-        "training data, one or more files, directories or data sets of the hub: plain text (.txt, .md), or JSONL, JSON, CSV, TSV "
+        "training data, one or more files, directories or data sets of the hub (org/name[:config][@split]): plain text (.txt, .md), or JSONL, JSON, CSV, TSV "
         "or Parquet with `text`, `messages` or ShareGPT's `conversations` (only the assistant's turns are learnt), `prompt` and "
         "`completion` (only the completion is), or Alpaca's `instruction`, `input` and `output` (only the output is)",
         metavar="FILE",

@@ -66,7 +66,7 @@ def find_data(config: TrainConfig) -> TrainInputs:
     """
     if config.task is not None:
         return TrainInputs((), (), read_task(config.task, config.data[0], config.seed))
-    held_out = find_inputs(config.eval_data) if config.eval_data is not None else []
+    held_out = find_inputs(config.eval_data, held_out=True) if config.eval_data is not None else []
     return TrainInputs(find_inputs(config.data), held_out, None)
 
 
