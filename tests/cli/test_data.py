@@ -107,7 +107,8 @@ def test_several_files_and_bad_records(lowtide, model_dir, chat_file, tmp_path):
     result = lowtide(*arguments)
     assert result.code == 2
     assert result.err == [
-        f"lowtide: error: {table}:3 (row 2): 'completion' is an empty string; correct or remove this record"
+        f"lowtide: error: {table}:3 (row 2): 'completion' is an empty string; correct or remove this record; "
+        "--bad-records skip leaves such records out"
     ]
     result = lowtide(*arguments, "--bad-records", "skip")
     assert result.code == 0

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..log import get_logger
-from .formats import shown
 from .rows import JSON_SUFFIXES, TABLE_SUFFIXES
+from .wording import shown
 
 logger = get_logger(__name__)
 
