@@ -116,6 +116,13 @@ class TrainConfig:
         BAD_RECORDS,
         default="refuse",
     )
+    chat_template: str | None = _option(
+        MODEL_AND_DATA,
+        "a file with a chat template in Jinja, used instead of the model's own and saved with the trained model; default: the "
+        "model's own",
+        metavar="FILE",
+        default=None,
+    )
     max_seq_len: int = _option(
         MODEL_AND_DATA, "tokens in a sequence at most; what is longer is cut into several or truncated", default=512
     )
