@@ -100,4 +100,4 @@ def _inputs_of(entry: str | Path, held_out: bool) -> list[Input]:
             f"{entry}: no such file or directory, and with a directory {folder} here it is not looked for on the hub; for a data "
             "set of the hub start elsewhere"
         )
-    return [Input(entry, hub=hub)]
+    return [Input(str(entry), hub=hub)]
