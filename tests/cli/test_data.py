@@ -107,7 +107,8 @@ def test_several_files_and_bad_records(lowtide, model_dir, chat_file, tmp_path):
     result = lowtide(*arguments)
     assert result.code == 2
     assert result.err == [
-        f"lowtide: error: {table}:3 (row 2): 'completion' is an empty string; correct or remove this record"
+        f"lowtide: error: {table}:3 (row 2): 'completion' is an empty string; correct or remove this record; "
+        "--bad-records skip leaves such records out"
     ]
     result = lowtide(*arguments, "--bad-records", "skip")
     assert result.code == 0
@@ -149,6 +150,26 @@ def test_alpaca_without_a_chat_template(lowtide, tmp_path):
     ((_, text),) = examples_in(result.out)
     assert text.startswith("Below is an instruction that describes a task, paired with an input")
     assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n⟦3<|end|>⟧")
+
+
+def test_a_chat_template_of_ones_own(lowtide, chat_file, tmp_path):
+    model = save_tiny_model(tmp_path / "base", chat=False)
+    arguments = ["data", "preview", "--data", chat_file, "--model", model]
+    result = lowtide(*arguments)
+    assert result.code == 2 and "give a template with --chat-template FILE" in result.err[0]
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}")
+    result = lowtide(*arguments, "--chat-template", template)
+    ((_, text),) = examples_in(result.out)
+    assert text == ("user: Is it low?<|end|>⟦assistant: yes, it is<|end|>⟧user: Sure?<|end|>⟦assistant: yes<|end|>⟧")
+
+
+def test_turns_of_weight_0_are_not_marked(lowtide, model_dir, tmp_path):
+    turns = [("user", "Is it?", None), ("assistant", "no", 0), ("user", "Sure?", None), ("assistant", "yes", 1)]
+    messages = [{"role": role, "content": content, "weight": weight} for role, content, weight in turns]
+    data = write_jsonl(tmp_path / "d.jsonl", [{"messages": messages}])
+    ((_, text),) = examples_in(lowtide("data", "preview", "--data", data, "--model", model_dir).out)
+    assert text == "<|user|>Is it?<|end|><|assistant|>no<|end|><|user|>Sure?<|end|><|assistant|>⟦yes<|end|>⟧"
 
 
 def test_the_demo_asks_a_model_without_a_template_in_alpacas_words(tmp_path):

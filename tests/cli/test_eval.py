@@ -62,6 +62,28 @@ def test_text_is_scored_as_in_training(lowtide, model_dir, tmp_path):
     )
 
 
+def test_a_chat_template_and_bad_records(lowtide, model_dir, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content }}<|end|>{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "abab"}]
+    rows = [{"messages": each} for each in (chat, [{"role": "system", "content": "x"}, *chat])]
+    path = write_jsonl(tmp_path / "held-out.jsonl", rows)
+    arguments = ["eval", "--model", model_dir, "--data", path, "--dtype", "float32", "--chat-template", template]
+    result = lowtide(*arguments)
+    assert result.code == 2 and result.err[0].startswith(
+        f"lowtide: error: {path}:2: the chat template refuses messages"
+    )
+    assert result.err[0].endswith("; --bad-records skip leaves such records out")
+    result = lowtide(*arguments, "--bad-records", "skip")
+    assert result.code == 0
+    assert result.out.startswith("1 records, 5 tokens that count\n")
+    assert result.err[0].startswith(f"lowtide: skipped: {path}:2: the chat template refuses")
+    assert result.err[1:] == ["lowtide: 1 of 2 records were skipped"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -74,6 +96,8 @@ def test_text_is_scored_as_in_training(lowtide, model_dir, tmp_path):
         (["--data", "x.jsonl", "--limit", "3"], "--limit is for --task and --lm-eval"),
         (["--data", "x.jsonl", "--lm-eval-include", "."], "--lm-eval-include is for --lm-eval"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--lm-eval", "x", "--chat-template", "x"], "--chat-template is for --data without --task"),
+        (["--task", "superglue/rte", "--bad-records", "skip"], "--bad-records is for --data without --task"),
         (["--task", "superglue/rte", "--limit", "0"], "whole number of at least 1"),
     ],
 )

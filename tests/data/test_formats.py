@@ -260,10 +260,11 @@ def test_two_formats_in_a_file(tmp_path, kind):
 @pytest.mark.parametrize("kind", FOUR)
 def test_rows_of_which_none_is_good(tmp_path, kind):
     path = write(kind, tmp_path / "r", [{"prompt": "p", "completion": " "}] * 2)
-    noun = "lines" if kind == "json lines" else "rows"
+    noun, bad = "lines" if kind == "json lines" else "rows", []
     with pytest.raises(ValueError) as caught:
-        read_records(path, lambda error: None)
-    assert str(caught.value) == f"{path}: no records (all 2 {noun} are bad)"
+        read_records(path, bad.append)
+    assert str(caught.value) == f"{path}: no records (all 2 {noun} are bad; the first: {bad[0]})"
+    assert "'completion' is an empty string" in str(bad[0])
 
 
 @pytest.mark.parametrize("kind", FOUR)
@@ -343,6 +344,12 @@ def test_sharegpt_in_its_spellings(tmp_path):
         {"conversations": [{**turn, "weight": None} for turn in turns], "tools": "[]"},
     ):
         assert contents(read_records(write_line(tmp_path, row))) == expected
+    for row in (
+        {"conversations": [USER, ASSISTANT, *messages[2:]]},
+        {"conversations": [{"from": None, "value": None, **turn} for turn in messages]},
+        {"conversations": [GPT, *turns]},
+    ):
+        assert read_records(write_line(tmp_path, row))[0].messages == messages
     with_system = {"conversations": [HUMAN, GPT], "system": "Be brief."}
     system = {"role": "system", "content": "Be brief."}
     assert read_records(write_line(tmp_path, with_system))[0].messages == [system, USER, ASSISTANT]
@@ -353,13 +360,17 @@ def test_sharegpt_in_its_spellings(tmp_path):
     [
         ({"conversations": [HUMAN, HUMAN, GPT]}, "two user turns follow one another (turns 1 and 2); join them"),
         ({"conversations": [HUMAN, GPT, GPT]}, "two assistant turns follow one another (turns 2 and 3); join them"),
-        ({"conversations": [GPT, HUMAN, GPT]}, "the conversation starts with an assistant turn"),
+        ({"conversations": [GPT, HUMAN]}, "the conversation has no assistant turn behind a turn of another role"),
+        ({"conversations": [GPT, HUMAN, HUMAN, GPT]}, "two user turns follow one another (turns 2 and 3); join them"),
         ({"conversations": [HUMAN]}, "the conversation has no assistant turn"),
         ({"conversations": []}, "the conversation has no assistant turn"),
-        ({"conversations": "hi"}, "'conversations' is a string, it must be a list of {from, value} objects"),
+        ({"conversations": "hi"}, "'conversations' is a string and malformed JSON at character 1 (Expecting value)"),
+        ({"conversations": '"hi"'}, "'conversations' is a string, it must be a list of {from, value} objects"),
+        ({"conversations": 7}, "'conversations' is a number, it must be a list of {from, value} objects"),
         ({"conversations": ["hi"]}, "conversations[0] is a string instead of an object"),
-        ({"conversation": [USER]}, "conversation[0] has no 'from'"),
-        ({"conversations": [{**HUMAN, "weight": 0}, GPT]}, "conversations[0] has unknown keys 'weight'"),
+        ({"conversation": [{"content": "x"}]}, "conversation[0] has no 'from'"),
+        ({"conversation": [USER, GPT]}, "conversation[1] has no 'role'"),
+        ({"conversations": [{**HUMAN, "loss": 0}, GPT]}, "conversations[0] has unknown keys 'loss'"),
         ({"conversations": [HUMAN, {"from": None, "value": "x"}]}, "conversations[1] has the unknown role None"),
         ({"conversations": [HUMAN, {"from": "gpt", "value": 1}]}, "conversations[1] value is a number"),
         ({"conversations": None}, "'conversations' is null, it must be a list of messages"),
@@ -377,6 +388,23 @@ def test_sharegpt_in_its_spellings(tmp_path):
 )
 def test_a_sharegpt_record_that_cannot_be_expressed(tmp_path, row, says):
     assert refusal(write_line(tmp_path, row)).startswith(f":1: {says}")
+
+
+@pytest.mark.parametrize("kind", ["json lines", "array", "parquet"])
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+def test_a_conversation_that_is_json_in_a_string(tmp_path, format, kind):
+    rows = [{key: json.dumps(turns) for key, turns in row.items()} for row in ROWS[format]]
+    path = write(kind, tmp_path / "r", rows)
+    assert [record.messages for record in read_records(path)] == [row["messages"] for row in ROWS["messages"]]
+
+
+def test_turns_of_weight_0_survive_what_the_demo_writes(tmp_path):
+    from lowtide.cli.demo_material import _row
+
+    messages = [USER, {**ASSISTANT, "weight": 0}, {**USER, "name": "ann"}, ASSISTANT]
+    (record,) = read_records(write_line(tmp_path, {"messages": messages}))
+    (again,) = read_records(write_line(tmp_path, _row(record)))
+    assert again.messages == record.messages == messages
 
 
 def test_a_hub_data_set_in_alpacas_format(monkeypatch):
@@ -538,9 +566,9 @@ def test_bytes_that_are_not_utf8_cost_their_row_only(tmp_path):
         (
             "messages\n\"[{'role': 'user'}]\"\n",
             "r.csv",
-            ":2 (row 1): 'messages' is malformed JSON at character 3 (Expecting property name enclosed in double quotes)",
+            ":2 (row 1): 'messages' is a string and malformed JSON at character 3 (Expecting property name enclosed in double quotes)",
         ),
-        ("conversations\nhi\n", "r.csv", ":2 (row 1): 'conversations' is malformed JSON at character 1"),
+        ("conversations\nhi\n", "r.csv", ":2 (row 1): 'conversations' is a string and malformed JSON at character 1"),
         ("messages\n" + "[" * 100_000 + "\n", "r.csv", ":2 (row 1): 'messages' is JSON that cannot be read"),
         ("messages\n3\n", "r.csv", ":2 (row 1): 'messages' is a number, it must be a list of {role, content} objects"),
         ("text,messages\n,\n", "r.csv", ":2 (row 1): 'text' is an empty string"),

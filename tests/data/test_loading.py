@@ -85,6 +85,70 @@ def test_the_second_start_tokenises_nothing(tokenizer, tmp_path, monkeypatch, ca
     assert found.info["first"] == str(moved)
 
 
+def test_a_conversation_that_the_template_refuses_is_a_bad_record_among_others(tmp_path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path / "model"))
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    with_system = [{"role": "system", "content": "Decide."}, *CHAT]
+    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": each} for each in (CHAT, with_system, CHAT)])
+    with pytest.raises(ValueError) as caught:
+        load_tokens(find_inputs(file), tokenizer, 512)
+    refused = (
+        f"{file}:2: the chat template refuses messages[:2] (System role not supported); correct this record, or give another "
+        "template with --chat-template FILE"
+    )
+    assert str(caught.value) == f"{refused}; --bad-records skip leaves such records out"
+    for cache in (None, TokenCache(tmp_path / "cache")):
+        store = load_tokens(find_inputs(file), tokenizer, 512, skip_bad=True, cache=cache)
+        examples, stats = encode_records(read_records(file)[::2], tokenizer, 512)
+        assert (examples_of(store), store.all().stats()) == (examples, stats)
+        assert (store.info["num_bad"], store.info["bad"]) == (1, [refused])
+        assert [each["num_records"] for each in store.info["detected"]] == [2]
+    write_jsonl(tmp_path / "d.jsonl", [{"messages": with_system}])
+    with pytest.raises(ValueError) as caught:
+        load_tokens(find_inputs(file), tokenizer, 512, skip_bad=True)
+    assert str(caught.value).startswith(
+        f"{file}: no records (all 1 lines are bad; the first: {file}:1: the chat template"
+    )
+
+
+def test_without_a_template_no_record_is_to_blame(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path / "model", chat=False))
+    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": CHAT}])
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError) as caught:
+            load_tokens(find_inputs(file), tokenizer, 512, skip_bad=skip_bad)
+        assert str(caught.value) == (
+            f"{file}:1: 'messages' need a chat template and this tokenizer has none; use an instruct model, give a template with "
+            "--chat-template FILE, or write the data as prompt/completion"
+        )
+
+
+def test_alpaca_as_published_has_empty_outputs_that_can_be_skipped(tokenizer, tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1", "output": output, "text": f"Add. 1 {output}"} for output in ("2", "", "3")
+    ]
+    file = write_jsonl(tmp_path / "alpaca.jsonl", rows)
+    with pytest.raises(ValueError) as caught:
+        load_tokens(find_inputs(file), tokenizer, 512)
+    empty = f"{file}:2: 'output' is an empty string; correct or remove this record"
+    assert str(caught.value) == f"{empty}; --bad-records skip leaves such records out"
+    store = load_tokens(find_inputs(file), tokenizer, 512, skip_bad=True)
+    assert (store.num_records, store.info["bad"]) == (2, [empty])
+
+
+def test_left_out_first_turns_are_told_at_every_start(tokenizer, tmp_path, caplog):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": CHAT[1:] + CHAT}])
+    for _ in range(2):
+        caplog.clear()
+        store = load_tokens(find_inputs(file), tokenizer, 512, cache=TokenCache(tmp_path / "cache"))
+        says = "1 conversation begins with an assistant turn, which has no question and is left out"
+        assert f"{file}: {says}" in [record.getMessage() for record in caplog.records]
+    assert store.all().stats() == encode_records(read_records(file), tokenizer, 512)[1]
+
+
 def test_what_changes_the_tokens_is_in_the_key(tmp_path):
     def kept(rows=({"text": "the tide"},), max_seq_len=32, name="d.jsonl", skip_bad=False, change=None):
         tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path / "model"))

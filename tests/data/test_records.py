@@ -114,11 +114,41 @@ BAD_CHATS = {
     ),
     "role of a wrong type": ('[{"role": [1], "content": "a"}]', "messages[0] has the unknown role [1]"),
     "null content": ('[{"role": "user", "content": null}]', "messages[0] content is null, it must be a string"),
-    "parts": ('[{"role": "user", "content": [{"type": "text"}]}]', "messages[0] content is a list"),
+    "parts": ('[{"role": "user", "content": [{"type": "text"}]}]', "messages[0] content[0] text is null, it must be"),
+    "a picture": (
+        '[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "b"}}]}]',
+        "messages[0] content[1] is a part of type 'image_url', and only text can be trained on",
+    ),
+    "a part that is a string": ('[{"role": "user", "content": ["a"]}]', "content[0] is a string instead of an object"),
+    "more in a part": (
+        '[{"role": "user", "content": [{"type": "text", "text": "a", "detail": "high"}]}]',
+        "messages[0] content[0] has unknown keys 'detail'",
+    ),
+    "no parts": ('[{"role": "user", "content": []}]', "messages[0] content is an empty string"),
     "empty content": ('[{"role": "user", "content": ""}]', "messages[0] content is an empty string"),
-    "tool calls": ('[{"role": "user", "content": "a", "tool_calls": []}]', "messages[0] has unknown keys 'tool_calls'"),
+    "tool calls": (
+        '[{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]',
+        "messages[0] has unknown keys 'tool_calls'",
+    ),
+    "a name that is none": ('[{"role": "user", "content": "a", "name": 1}]', "messages[0] name is a number"),
+    "half a weight": (
+        '[{"role": "assistant", "content": "a", "weight": 0.5}]',
+        "messages[0] weight is 0.5, it must be 0 (not trained on) or 1",
+    ),
+    "a weight that is none": ('[{"role": "assistant", "content": "a", "weight": true}]', "messages[0] weight is True"),
+    "a user's weight": (
+        '[{"role": "user", "content": "a", "weight": 1}]',
+        "messages[0] has weight 1, but of a conversation only assistant turns are trained on",
+    ),
+    "no weight": (
+        '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]',
+        "every assistant turn of the conversation has weight 0, so there is nothing to learn",
+    ),
     "no assistant": ('[{"role": "user", "content": "a"}]', "the conversation has no assistant turn"),
-    "assistant first": ('[{"role": "assistant", "content": "a"}]', "the conversation starts with an assistant turn"),
+    "assistant alone": (
+        '[{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]',
+        "the conversation has no assistant turn behind a turn of another role",
+    ),
 }
 
 
@@ -224,17 +254,6 @@ def test_a_hub_data_set_is_its_train_split(monkeypatch):
         read_records("org/some-chats")
 
 
-def test_a_hub_data_set_that_cannot_be_had_is_one_line(monkeypatch):
-    def load_dataset(name, split):
-        raise ConnectionError("no network\nand many more lines")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(FileNotFoundError) as caught:
-        read_records("org/name")
-    says = "org/name: neither an existing path nor a data set that the hub gave (ConnectionError: no network)"
-    assert str(caught.value) == says
-
-
 def test_bad_lines_can_be_skipped_and_are_named(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(
@@ -250,5 +269,51 @@ def test_bad_lines_can_be_skipped_and_are_named(tmp_path):
 def test_a_file_of_bad_lines_only_is_refused_all_the_same(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text("nonsense\n{}\n")
-    with pytest.raises(ValueError, match="no records \\(all 2 lines are bad\\)"):
+    with pytest.raises(ValueError) as caught:
         read_records(path, lambda error: None)
+    assert str(caught.value).startswith(
+        f"{path}: no records (all 2 lines are bad; the first: {path}:1: malformed JSON at column 1"
+    )
+
+
+def test_what_a_turn_has_that_counts_as_absent(tmp_path):
+    for extra in (
+        {"name": ""},
+        {"name": None},
+        {"tool_calls": []},
+        {"tool_calls": None},
+        {"audio": {}},
+        {"weight": None},
+    ):
+        path = write_lines(tmp_path / "r.jsonl", {"messages": [{**turn, **extra} for turn in CHAT]})
+        assert read_records(path)[0].messages == CHAT, extra
+
+
+def test_conversations_as_openai_has_them(tmp_path):
+    user, assistant = CHAT
+    turns = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {**user, "name": "ann", "weight": 0},
+        {**assistant, "weight": 0},
+        {"role": "user", "content": [{"type": "text", "text": "a\n"}, {"type": "text", "text": "b", "detail": None}]},
+        {**assistant, "weight": 1.0},
+    ]
+    (record,) = read_records(write_lines(tmp_path / "r.jsonl", {"messages": turns}))
+    assert record.messages == [
+        {"role": "system", "content": "Be brief."},
+        {**user, "name": "ann"},
+        {**assistant, "weight": 0},
+        {"role": "user", "content": "a\nb"},
+        assistant,
+    ]
+
+
+def test_assistant_turns_at_the_beginning_are_left_out_and_counted(tmp_path, caplog):
+    greeting = [CHAT[1], {**CHAT[1], "content": "well?"}]
+    path = write_lines(tmp_path / "r.jsonl", *({"messages": [*before, *CHAT]} for before in (greeting, [], CHAT[1:])))
+    with caplog.at_level(logging.WARNING):
+        records = read_records(path)
+    assert [record.messages for record in records] == [CHAT] * 3
+    assert [record.num_dropped_turns for record in records] == [2, 0, 1]
+    says = "2 conversations begin with an assistant turn, which has no question and is left out"
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: {says}"]

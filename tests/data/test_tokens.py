@@ -153,6 +153,38 @@ def test_whatever_follows_the_last_assistant_turn_is_left_out(tokenizer):
     assert encode_one(chat([*CHAT, {"role": "user", "content": "Bye"}]), tokenizer) == encode_one(chat(CHAT), tokenizer)
 
 
+def weighted(weights):
+    """CHAT, whose assistant turns have these weights."""
+    left = iter(weights)
+    return [{**turn, "weight": next(left)} if turn["role"] == "assistant" else turn for turn in CHAT]
+
+
+def test_a_turn_of_weight_0_is_context(tokenizer):
+    whole = encode_one(chat(CHAT), tokenizer)
+    example = encode_one(chat(weighted([0, 1])), tokenizer)
+    assert example.input_ids == whole.input_ids
+    assert trained_parts(example, tokenizer) == ["yes<|im_end|>"]
+    # What follows the last turn that is learnt teaches nothing.
+    assert encode_one(chat(weighted([1, 0])), tokenizer) == encode_one(chat(CHAT[:3]), tokenizer)
+    assert encode_one(chat(weighted([1, 1])), tokenizer) == whole
+
+
+def test_a_turn_of_weight_0_is_no_example_of_its_own(make_tokenizer, templates):
+    tokenizer = make_tokenizer(templates.drops_reasoning)
+    (example,), _ = encode([chat(weighted([0, 1]))], tokenizer)
+    assert trained_parts(example, tokenizer) == ["<think>\n\n</think>\n\nyes<|im_end|>"]
+
+
+def test_the_template_is_given_names_but_no_weights(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.name }} {{ 'weight' in message }}\n"
+        "{{ message.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant  False\n{% endif %}"
+    )
+    example = encode_one(chat([{**CHAT[1], "name": "ann"}, *weighted([0, 1])[2:]]), tokenizer)
+    assert tokenizer.decode(example.input_ids).startswith("<|im_start|>user ann False\nWhat is the answer?<|im_end|>\n")
+    assert trained_parts(example, tokenizer) == ["yes<|im_end|>"]
+
+
 def test_consecutive_assistant_turns(tokenizer):
     messages = [*CHAT[:3], {"role": "assistant", "content": "Or 43."}]
     example = encode_one(chat(messages), tokenizer)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files, directories or data sets of the hub, as in lowtide train",
+        help="files, directories or data sets of the hub (org/name[:config][@split]), as in lowtide train",
     )
     parser.add_argument(
         "--model",
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bad-records", choices=BAD_RECORDS, default="refuse", help="as in lowtide train (default: refuse)"
     )
+    parser.add_argument("--chat-template", metavar="FILE", help="as in lowtide train (default: the one of the model)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that comes with the tokenizer"
     )
@@ -75,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     from .quiet import quiet_libraries
 
     quiet_libraries(tell_data=True)
-    from ..models import load_tokenizer
     from ..training.data import find_data, load_data
+    from ..training.tokenizer import tokenizer_of
 
     config = TrainConfig(
         model=args.model,
@@ -87,9 +88,11 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         packing=args.packing,
         bad_records=args.bad_records,
+        chat_template=args.chat_template,
+        trust_remote_code=args.trust_remote_code,
     )
     found = find_data(config)
-    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    tokenizer = tokenizer_of(config)
     data = load_data(config, tokenizer, found, show_progress=sys.stdout.isatty())
     for number, (record, example) in enumerate(_shown(found.train, tokenizer, args), start=1):
         _print_example(number, record, example, tokenizer)

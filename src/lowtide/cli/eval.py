@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.config import DTYPES
+from ..training.config import BAD_RECORDS, DTYPES
 from .arguments import UsageError, positive_int
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         metavar="FILE|DIR",
-        help="with --task: the directory of its files, default: the Hugging Face hub; without: text or JSONL to measure the loss on",
+        help="with --task: the directory of its files, default: the Hugging Face hub; without: files, directories or data sets of the hub "
+        "(org/name[:config][@split]) to measure the loss on, in any format of lowtide train",
     )
     parser.add_argument(
         "--scoring", choices=("sum", "per_token"), help="of a task: the accuracy that counts (default: per_token)"
@@ -77,6 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-cache",
         metavar="DIR|none",
         help="where tokens of --data are kept, as in lowtide train (default: in the user's cache directory)",
+    )
+    parser.add_argument("--bad-records", choices=BAD_RECORDS, help="of --data, as in lowtide train (default: refuse)")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="for --data, as in lowtide train (default: the one of the model)"
     )
     parser.add_argument("--output", metavar="FILE", help="write the scores there as JSON; it must not exist")
     parser.add_argument(
@@ -139,6 +144,9 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} is for --task")
     if args.limit is not None and not (args.task or args.lm_eval):
         raise UsageError("--limit is for --task and --lm-eval")
+    for name in ("bad_records", "chat_template"):
+        if getattr(args, name) is not None and (args.task or not args.data):
+            raise UsageError(f"--{name.replace('_', '-')} is for --data without --task")
     if args.lm_eval_include is not None and not args.lm_eval:
         raise UsageError("--lm-eval-include is for --lm-eval")
     for name in args.task or ():
@@ -193,13 +201,19 @@ def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     from ..cache_folder import default_cache_folder
     from ..data import Batches
     from ..data.cache import TokenCache
+    from ..data.chat_template import set_chat_template
     from ..data.inputs import find_inputs
     from ..data.loading import load_tokens
+    from ..training.data import tell_skipped
 
     cache = None
     if args.data_cache != "none":
         cache = TokenCache(default_cache_folder() if args.data_cache is None else Path(args.data_cache).expanduser())
-    store = load_tokens(find_inputs(args.data), tokenizer, args.max_seq_len, cache=cache)
+    if args.chat_template is not None:
+        set_chat_template(tokenizer, args.chat_template)
+    inputs, skip_bad = find_inputs(args.data, held_out=True), args.bad_records == "skip"
+    store = load_tokens(inputs, tokenizer, args.max_seq_len, skip_bad=skip_bad, cache=cache)
+    tell_skipped(store)
     stats = store.all().stats()
     print(f"{stats.num_records} records, {stats.num_trained_tokens} tokens that count", flush=True)
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)

@@ -9,19 +9,34 @@ need it.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
-from .record import Record
+from .record import Record, RenderedChat
+
+__all__ = ["RenderedChat", "make_renderer", "render_chats"]
 
 
-@dataclass(frozen=True)
-class RenderedChat:
-    """A conversation as the model reads it; ``spans`` are the [start, end) characters trained on, in order."""
+def make_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Record], Record]:
+    """What renders a record's ``messages`` while it is read, so that one that the template refuses is a bad record among others.
 
-    text: str
-    spans: list[tuple[int, int]]
+    Other records stay as they are, and so do all if there is no chat template, which :func:`render_chats` refuses.
+
+    Raises (when it is called):
+        ValueError: the template refuses the conversation, or a rendered assistant turn does not start with the generation prompt.
+    """
+    if tokenizer.chat_template is None:
+        return lambda record: record
+    end_tokens = _end_tokens(tokenizer)
+
+    def render(record: Record) -> Record:
+        if record.messages is None:
+            return record
+        return dataclasses.replace(record, rendered=_render_record(record, tokenizer, end_tokens))
+
+    return render
 
 
 def render_chats(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[RenderedChat]]:
@@ -38,12 +53,16 @@ def render_chats(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> l
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{records[0].where}: 'messages' need a chat template and this tokenizer has none; "
-            "use an instruct model, or write the data as prompt/completion"
+            "use an instruct model, give a template with --chat-template FILE, or write the data as prompt/completion"
         )
-    end_tokens = tuple(
-        token for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if token.strip()
-    )
-    return [_render_record(record, tokenizer, end_tokens) for record in records]
+    end_tokens = _end_tokens(tokenizer)
+    return [record.rendered or _render_record(record, tokenizer, end_tokens) for record in records]
+
+
+def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens that a turn may end with."""
+    tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    return tuple(token for token in tokens if token.strip())
 
 
 def _render_record(
@@ -52,7 +71,7 @@ def _render_record(
     assert record.messages is not None
     chats = []
     for index, message in enumerate(record.messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("weight") == 0:
             continue
         before = _render(record, index, tokenizer, generation_prompt=True)
         after = _render(record, index + 1, tokenizer, generation_prompt=False)
@@ -60,10 +79,10 @@ def _render_record(
             raise ValueError(
                 f"{record.where}: the chat template cannot be trained on: with messages[{index}] rendered, the text "
                 f"does not start with what inference is given (the generation prompt ends in {before[-30:]!r}); "
-                "set another chat_template, or write the data as prompt/completion"
+                "give another template with --chat-template FILE, or write the data as prompt/completion"
             )
         chats.append(RenderedChat(after, [(len(before), _end_of_turn(after, end_tokens))]))
-    # Whatever follows the last assistant turn teaches nothing, so the last rendering is the whole of the conversation.
+    # Whatever follows the last turn that is trained on teaches nothing, so the last rendering is the whole of the conversation.
     whole = chats[-1].text
     if all(whole.startswith(chat.text) for chat in chats):
         return [RenderedChat(whole, [chat.spans[0] for chat in chats])]
@@ -72,14 +91,14 @@ def _render_record(
 
 def _render(record: Record, num_messages: int, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool) -> str:
     assert record.messages is not None
+    turns = [{key: turn[key] for key in turn if key != "weight"} for turn in record.messages[:num_messages]]
     try:
-        text = tokenizer.apply_chat_template(
-            record.messages[:num_messages], tokenize=False, add_generation_prompt=generation_prompt
-        )
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
     except Exception as error:  # templates raise jinja2's errors, transformers its own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{record.where}: the chat template refuses messages[:{num_messages}] ({reason}); correct the line"
+            f"{record.where}: the chat template refuses messages[:{num_messages}] ({reason}); correct this record, or give another "
+            "template with --chat-template FILE"
         ) from error
     assert isinstance(text, str)
     return text

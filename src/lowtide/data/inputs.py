@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rows import JSON_SUFFIXES, TABLE_SUFFIXES
+from .folders import SUFFIXES, TEXT_SUFFIXES, data_files
+from .hub_sets import HubSet
 
-TEXT_SUFFIXES = (".txt", ".md")
-SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + TABLE_SUFFIXES
+__all__ = ["SUFFIXES", "TEXT_SUFFIXES", "Input", "find_inputs"]
 
 
 @dataclass
@@ -22,21 +21,24 @@ class Input:
     """A file, or a data set of the hub.
 
     Attributes:
-        name: path or id.
+        name: path, or what the user has written for the data set.
         path: of a file, else None.
+        hub: the data set, else None.
     """
 
     name: str
     path: Path | None = None
+    hub: HubSet | None = None
 
     @functools.cached_property
     def rows(self) -> Any:
-        """Of a data set: its train split, loaded when this is first asked for.
+        """Of a data set, loaded when this is first asked for.
 
         Raises:
             FileNotFoundError: it cannot be loaded.
         """
-        return _load_from_hub(self.name)
+        assert self.hub is not None
+        return self.hub.load()
 
     @property
     def num_bytes(self) -> int:
@@ -48,7 +50,8 @@ class Input:
         if self.path is not None:
             with self.path.open("rb") as file:
                 return f"{self.path.suffix.lower()}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-        digest = hashlib.sha256()
+        # Splits and slices of them may share their files.
+        digest = hashlib.sha256(repr(self.hub and (self.hub.config, self.hub.split)).encode())
         files = [Path(each["filename"]) for each in getattr(self.rows, "cache_files", [])]
         for path in files:
             with path.open("rb") as file:
@@ -58,11 +61,15 @@ class Input:
         return f"rows:{digest.hexdigest()}"
 
 
-def find_inputs(paths: str | Path | Sequence[str | Path]) -> list[Input]:
-    """What one or more files, directories (searched with their subdirectories) or hub data set ids stand for.
+def find_inputs(paths: str | Path | Sequence[str | Path], *, held_out: bool = False) -> list[Input]:
+    """What one or more files, directories (searched with their subdirectories) or data sets of the hub stand for.
 
-    A string that is no existing path and looks like ``org/name`` is for ``datasets.load_dataset`` (its train split). The
-    order is that of the arguments, then of the sorted file names.
+    A path that exists is one. Any other string of the form ``org/name[:config][@split]`` is for ``datasets.load_dataset``;
+    without a split it means ``train``. The order is that of the arguments, then of the sorted file names.
+
+    Args:
+        paths: what was given.
+        held_out: it is for evaluation, which decides which files of a directory are meant; see :func:`data_files`.
 
     Raises:
         FileNotFoundError: a path does not exist, a directory holds no data file.
@@ -71,52 +78,26 @@ def find_inputs(paths: str | Path | Sequence[str | Path]) -> list[Input]:
     entries = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not entries:
         raise ValueError("no data files given")
-    return [found for entry in entries for found in _inputs_of(entry)]
+    return [found for entry in entries for found in _inputs_of(entry, held_out)]
 
 
-def _inputs_of(entry: str | Path) -> list[Input]:
+def _inputs_of(entry: str | Path, held_out: bool) -> list[Input]:
     path = Path(entry).expanduser()
     if not str(entry):
         raise FileNotFoundError("the data path is empty; name a file, a directory or a hub data set")
     if path.is_dir():
-        return [Input(str(file), file) for file in _data_files(path)]
+        return [Input(str(file), file) for file in data_files(path, held_out=held_out)]
     if path.exists():
         if path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path}: unknown file type {path.suffix!r}; data files end in {', '.join(SUFFIXES)}")
         return [Input(str(path), path)]
-    if isinstance(entry, str) and _looks_like_hub_id(entry):
-        return [Input(entry)]
-    raise FileNotFoundError(f"{entry}: no such file or directory")
-
-
-def _data_files(directory: Path) -> list[Path]:
-    """Data files below a directory, sorted; hidden files and folders (``.git``, ``.cache``) are not data."""
-    found = [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-    ]
-    if not found:
-        raise FileNotFoundError(f"{directory}: holds no {', '.join(SUFFIXES)} file")
-    return found
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    """``org/name``, unless it is more likely a mistyped path: a data file's name, or inside an existing directory."""
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
-        return False
-    return Path(name).suffix.lower() not in SUFFIXES and not Path(name).parent.is_dir()
-
-
-def _load_from_hub(name: str) -> Any:
-    import datasets  # takes seconds, and most users read files
-
-    try:
-        return datasets.load_dataset(name, split="train")
-    except Exception as error:  # datasets, huggingface_hub and requests each raise families of their own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    hub = HubSet.parse(entry) if isinstance(entry, str) else None
+    if hub is None or Path(hub.name).suffix.lower() in SUFFIXES:
+        raise FileNotFoundError(f"{entry}: no such file or directory")
+    if Path(hub.name).parent.is_dir():  # more likely a mistyped path
+        folder = Path(hub.name).parent
         raise FileNotFoundError(
-            f"{name}: neither an existing path nor a data set that the hub gave ({type(error).__name__}: {reason})"
-        ) from error
+            f"{entry}: no such file or directory, and with a directory {folder} here it is not looked for on the hub; for a data "
+            "set of the hub start elsewhere"
+        )
+    return [Input(str(entry), hub=hub)]

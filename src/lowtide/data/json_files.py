@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..log import get_logger
-from .formats import WANTED, hint, shown, type_name
+from .formats import WANTED
 from .record import Row, where
+from .wording import hint, shown, type_name
 
 logger = get_logger(__name__)
 

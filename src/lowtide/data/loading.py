@@ -14,6 +14,7 @@ from ..log import get_logger
 from ..units import format_bytes
 from . import records
 from .cache import TokenCache, content_key
+from .chat import make_renderer
 from .encoding import Encoder
 from .inputs import Input
 from .record import Record
@@ -128,7 +129,9 @@ class _Loading:
         package = logging.getLogger(__package__)
         package.addHandler(warnings)
         try:
-            for encoded in encoder.encode(self._records(self._on_bad if skip_bad else None)):
+            for encoded in encoder.encode(
+                self._records(self._on_bad if skip_bad else _refuse, make_renderer(tokenizer))
+            ):
                 writer.add(encoded)
                 self.report(self.num_read, writer.num_tokens)
             encoder.end(writer.num_examples)
@@ -176,9 +179,9 @@ class _Loading:
             seconds = time.perf_counter() - self.start
             self.on_progress(LoadProgress(num_read, self.num_bytes, num_tokens, seconds, from_cache, done))
 
-    def _records(self, on_bad: Callable[[ValueError], None] | None) -> Iterator[Record]:
+    def _records(self, on_bad: records.OnBad, prepare: records.Prepare) -> Iterator[Record]:
         for each in self.inputs:
-            stream = records.stream_records(each, on_bad, self._on_read)
+            stream = records.stream_records(each, on_bad, self._on_read, prepare=prepare)
             while True:
                 try:
                     record = next(stream)
@@ -196,6 +199,10 @@ class _Loading:
         self.num_bad += 1
         if len(self.bad) < _SHOWN_BAD:
             self.bad.append(str(error))
+
+
+def _refuse(error: ValueError) -> None:
+    raise ValueError(f"{error}; --bad-records skip leaves such records out") from error
 
 
 def _renamed(line: str, names: dict[str, str]) -> str:

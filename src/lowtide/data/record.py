@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as the model reads it; ``spans`` are the [start, end) characters trained on, in order."""
+
+    text: str
+    spans: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -13,24 +21,30 @@ class Record:
     Attributes:
         source: path of the file, or id of the hub data set.
         line: the line it begins on, counted from 1; None where there are no lines (Parquet, a JSON array, the hub).
+        messages: turns of a conversation, each with "role" and "content", perhaps "name", and "weight": 0 for an assistant turn
+            that is not trained on.
         instruction: (instruction, input) of an Alpaca record, which has ``messages`` too; the input may be empty. Used
             where the tokenizer has no chat template.
         row: its number in a table or an array, counted from 1, the header of a table left out; None in JSON Lines and text.
         continues: the text goes on from that of the record before; a long file is read in pieces.
         continued: the text goes on in the next record.
+        num_dropped_turns: assistant turns that the conversation began with and that were left out.
+        rendered: the conversation as text, once a chat template has accepted it.
         others: as named.
     """
 
     source: str
     line: int | None
     text: str | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     prompt: str | None = None
     completion: str | None = None
     instruction: tuple[str, str] | None = None
     row: int | None = None
     continues: bool = False
     continued: bool = False
+    num_dropped_turns: int = 0
+    rendered: list[RenderedChat] | None = field(default=None, compare=False, repr=False)
 
     @property
     def where(self) -> str:

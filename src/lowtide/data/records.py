@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..log import get_logger
-from .formats import format_of, ignored_keys, make_record, shown
+from .formats import format_of, ignored_keys, make_record
 from .inputs import TEXT_SUFFIXES, Input, find_inputs
 from .json_files import not_utf8
 from .record import Record, Row, where
 from .rows import read_rows
+from .wording import shown
 
 __all__ = ["Detected", "OnBad", "Record", "Source", "read_records", "read_sources", "stream_records"]
 
@@ -29,6 +30,7 @@ logger = get_logger(__name__)
 
 OnBad = Callable[[ValueError], None]  # told of a record that cannot be used
 OnRead = Callable[[int], None]  # told of the bytes of a file that have been read so far
+Prepare = Callable[[Record], Record]  # makes something more of a record, or raises ValueError: then it is a bad one
 
 _PIECE = 2**20  # bytes of a text file that are read at once
 _LONG = 8 * _PIECE  # text files up to here are one piece
@@ -102,7 +104,12 @@ def _read_source(given: Input, on_bad: OnBad | None) -> Source:
 
 
 def stream_records(
-    given: Input, on_bad: OnBad | None = None, on_read: OnRead | None = None, *, tell: bool = True
+    given: Input,
+    on_bad: OnBad | None = None,
+    on_read: OnRead | None = None,
+    *,
+    prepare: Prepare | None = None,
+    tell: bool = True,
 ) -> Generator[Record, None, Detected]:
     """The records of one file or data set, one after the other; a long text file comes as several that continue each other.
 
@@ -110,7 +117,8 @@ def stream_records(
         given: the file or data set.
         on_bad: as in :func:`read_records`.
         on_read: called before every record with the number of bytes that have been read of the file.
-        tell: log what was detected and which keys were ignored.
+        prepare: called with every record of a file type that has rows, as part of reading it.
+        tell: log what was detected, which keys were ignored and how many conversations lost their first turns.
 
     Returns:
         What was detected, once all are read.
@@ -120,14 +128,14 @@ def stream_records(
     """
     if given.path is None:
         numbered = (Row(None, number, row) for number, row in enumerate(given.rows, start=1))
-        detected = yield from _records_of(given.name, "hub data set", numbered, on_bad, tell)
+        detected = yield from _records_of(given.name, "hub data set", numbered, on_bad, prepare, tell)
     else:
         with given.path.open("rb") as file:
             if given.path.suffix.lower() in TEXT_SUFFIXES:
                 records = _read_text(given.path, file)
             else:
                 file_type, rows = read_rows(given.path, file)
-                records = _records_of(given.name, file_type, rows, on_bad, tell)
+                records = _records_of(given.name, file_type, rows, on_bad, prepare, tell)
             detected = yield from _counted(records, file, on_read)
     if tell:
         logger.info("%s", detected)
@@ -236,12 +244,12 @@ def _bad_text(path: Path, raw: bytes, error: UnicodeDecodeError, offset: int, nu
 
 
 def _records_of(
-    name: str, file_type: str, rows: Iterable[Row], on_bad: OnBad | None, tell: bool
+    name: str, file_type: str, rows: Iterable[Row], on_bad: OnBad | None, prepare: Prepare | None, tell: bool
 ) -> Generator[Record, None, Detected]:
     """The records of one source, which must all be of the first one's format."""
     first: Record | None = None
     ignored: set[str] = set()
-    first_format, num_records, num_bad, noun = "", 0, 0, "lines"
+    first_format, first_error, num_records, num_bad, num_shortened, noun = "", "", 0, 0, 0, "lines"
     for line, number, row in rows:
         noun = "lines" if number is None else "rows"
         try:
@@ -256,18 +264,34 @@ def _records_of(
                     "put each kind into a file of its own"
                 )
             record = make_record(row, format, name, line, number)
+            record = record if prepare is None else prepare(record)
         except ValueError as error:
             if on_bad is None:
                 raise
             on_bad(error)
+            first_error = first_error or str(error)
             num_bad += 1
             continue
         first, first_format = first or record, format.name
         ignored |= ignored_keys(row, format)
         num_records += 1
+        num_shortened += record.num_dropped_turns > 0
         yield from _pieces_of(record)
     if not num_records:
-        raise ValueError(f"{name}: no records ({f'all {num_bad} {noun} are bad' if num_bad else 'the file is empty'})")
-    if ignored and tell:
-        logger.warning("%s: ignoring the keys %s", name, shown(sorted(ignored)))
+        why = f"all {num_bad} {noun} are bad; the first: {first_error}" if num_bad else "the file is empty"
+        raise ValueError(f"{name}: no records ({why})")
+    if tell:
+        _tell(name, ignored, num_shortened)
     return Detected(name, file_type, first_format, num_records)
+
+
+def _tell(name: str, ignored: set[str], num_shortened: int) -> None:
+    if ignored:
+        logger.warning("%s: ignoring the keys %s", name, shown(sorted(ignored)))
+    if num_shortened:
+        logger.warning(
+            "%s: %d conversation%s with an assistant turn, which has no question and is left out",
+            name,
+            num_shortened,
+            "s begin" if num_shortened > 1 else " begins",
+        )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..log import get_logger
-from .formats import KNOWN_KEYS, LIST_KEYS, check_columns, shown
+from .formats import KNOWN_KEYS, check_columns
 from .json_files import not_utf8
 from .record import Row, where
+from .wording import shown
 
 logger = get_logger(__name__)
 
@@ -90,21 +90,7 @@ def _table_row(path: Path, line: int, number: int, header: list[str], cells: lis
             f"{place}: has {len(cells)} cells, but the header has {len(header)}; put quotes around cells with commas or "
             "newlines in them"
         )
-    row: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for key in LIST_KEYS:
-        if row.get(key):
-            try:
-                row[key] = json.loads(row[key])
-            except json.JSONDecodeError as error:
-                return ValueError(
-                    f"{place}: {key!r} is malformed JSON at character {error.pos + 1} ({error.msg}); in a table a "
-                    'conversation is written as JSON: [{"role": "user", ...'
-                )
-            except (ValueError, RecursionError) as error:
-                return ValueError(
-                    f"{place}: {key!r} is JSON that cannot be read ({error}); correct or remove this record"
-                )
-    return row
+    return dict(zip(header, cells, strict=True))
 
 
 def parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:

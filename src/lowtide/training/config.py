@@ -85,7 +85,7 @@ class TrainConfig:
     )
     data: Sequence[str] = _option(
         MODEL_AND_DATA,
-        "training data, one or more files, directories or data sets of the hub: plain text (.txt, .md), or JSONL, JSON, CSV, TSV "
+        "training data, one or more files, directories or data sets of the hub (org/name[:config][@split]): plain text (.txt, .md), or JSONL, JSON, CSV, TSV "
         "or Parquet with `text`, `messages` or ShareGPT's `conversations` (only the assistant's turns are learnt), `prompt` and "
         "`completion` (only the completion is), or Alpaca's `instruction`, `input` and `output` (only the output is)",
         metavar="FILE",
@@ -115,6 +115,13 @@ class TrainConfig:
         "lines and rows of the data that are no usable record: refuse the file, or skip them, count them and say where they are",
         BAD_RECORDS,
         default="refuse",
+    )
+    chat_template: str | None = _option(
+        MODEL_AND_DATA,
+        "a file with a chat template in Jinja, used instead of the model's own and saved with the trained model; default: the "
+        "model's own",
+        metavar="FILE",
+        default=None,
     )
     max_seq_len: int = _option(
         MODEL_AND_DATA, "tokens in a sequence at most; what is longer is cut into several or truncated", default=512

@@ -72,6 +72,8 @@ def _check_present(config: TrainConfig) -> None:
     for name in ("model", "output"):
         if not getattr(config, name):
             raise ValueError(f"{name} must not be empty")
+    if config.chat_template == "":
+        raise ValueError("chat_template must name a file, or be left out")
     for name in ("data", "eval_data", "lora_targets", "track"):
         paths = getattr(config, name)
         if isinstance(paths, str):

@@ -81,7 +81,7 @@ def find_data(config: TrainConfig) -> TrainInputs:
     """
     if config.task is not None:
         return TrainInputs((), (), read_task(config.task, config.data[0], config.seed))
-    held_out = find_inputs(config.eval_data) if config.eval_data is not None else []
+    held_out = find_inputs(config.eval_data, held_out=True) if config.eval_data is not None else []
     return TrainInputs(find_inputs(config.data), held_out, None)
 
 
@@ -171,13 +171,18 @@ def _load(
             cache=cache,
             on_progress=progress,
         )
+    tell_skipped(store)
+    return store
+
+
+def tell_skipped(store: TokenStore) -> None:
+    """Log which records were left out when the store was made: the first by name, and their number."""
     num_bad, shown = store.info["num_bad"], store.info["bad"]
     for error in shown:
         _logger.warning("skipped: %s", error)
     if num_bad:
         more = f" (the first {len(shown)} are named above)" if num_bad > len(shown) else ""
         _logger.warning("%d of %d records were skipped%s", num_bad, num_bad + store.num_records, more)
-    return store
 
 
 def _split(config: TrainConfig, store: TokenStore) -> tuple[Selection, Selection, TokenStats]:

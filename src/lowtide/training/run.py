@@ -20,7 +20,7 @@ from ..data.tokens import IGNORED
 from ..evaluation import LossResult, choice_accuracies, evaluate_loss
 from ..fusing import fuse
 from ..log import get_logger
-from ..models import Adapters, ChunkedLoss, load_model, load_tokenizer, parse_dtype, set_attention
+from ..models import Adapters, ChunkedLoss, load_model, parse_dtype, set_attention
 from ..models.context import check_context
 from ..models.lora import require_peft
 from ..planning import computes_bfloat16
@@ -40,6 +40,7 @@ from .resume import versions
 from .schedule import make_schedule
 from .setup import check_disk, count_steps, resolve_device
 from .together import on_all, on_first, one_after_another, own_rows, random_seed, same_everywhere
+from .tokenizer import tokenizer_of
 from .trackers import require_trackers
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def prepare(
         if config.lora_rank:
             require_peft()
         require_trackers(config.track or ())
-        return find_data(config), load_tokenizer(loaded.model, trust_remote_code=trusted)
+        return find_data(config), tokenizer_of(loaded, checkpoint)
 
     found, tokenizer = on_all(ranks, look)
     data = one_after_another(ranks, lambda: load_data(config, tokenizer, found, show_progress=show_progress))
