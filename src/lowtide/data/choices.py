@@ -70,7 +70,8 @@ def _whole_groups(items: Sequence[ChoiceItem], count: int, seed: int) -> set[int
     for group in order:
         if len(chosen) + len(group) <= count:
             chosen.update(group)
-    return chosen or set(min(order, key=len))
+    smallest: list[int] = min(order, key=len)
+    return chosen or set(smallest)
 
 
 def majority_share(items: Sequence[ChoiceItem]) -> float:
