@@ -4,8 +4,9 @@ import sys
 import pytest
 import torch
 
-from superglue_files import write_rte
-from tiny_files import write_jsonl
+from lowtide.cli.scores_file import ScoresFile
+from superglue_files import OFFICIAL, write_rte
+from tiny_files import save_tiny_model, write_jsonl
 
 
 @pytest.fixture
@@ -30,7 +31,9 @@ def test_a_task_is_scored_both_ways_and_written(lowtide, model_dir, superglue, t
     )
     assert (result.code, result.err) == (0, [])
     assert "superglue/rte: accuracy" in result.out and "per token" in result.out and "20 examples of test" in result.out
-    scores = json.loads(path.read_text())["scores"]["superglue/rte"]
+    written = json.loads(path.read_text())
+    assert written["complete"] is True and written["dtype"] == "float32"
+    scores = written["scores"]["superglue/rte"]
     right = sum(guess == gold for guess, gold in zip(scores["predictions"], scores["gold"], strict=True))
     assert scores["accuracy"] == scores["accuracy_per_token"] == right / 20 == pytest.approx(scores["accuracy"])
     assert scores["majority"] == pytest.approx(13 / 20) and 0 <= scores["accuracy_sum"] <= 1
@@ -40,6 +43,33 @@ def test_splits_scoring_and_limit(lowtide, model_dir, superglue):
     arguments = ["eval", "--model", model_dir, "--task", "superglue/rte", "--data", superglue, "--dtype", "float32"]
     result = lowtide(*arguments, "--split", "dev", "--scoring", "sum", "--limit", 5)
     assert result.code == 0 and "(sum; per token" in result.out and "5 examples of dev" in result.out
+
+
+@pytest.mark.parametrize("data_seed", [0, 1])
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_few_examples_are_of_the_split_that_training_makes(
+    lowtide, model_dir, superglue, tmp_path, monkeypatch, split, data_seed
+):
+    from lowtide import evaluation
+    from lowtide.data import load_superglue
+
+    rows = [OFFICIAL["rte"] | {"premise": str(number)} for number in range(40)]
+    write_jsonl(superglue / "RTE" / "train.jsonl", rows)
+    scored, score = [], evaluation.choice_accuracies
+    monkeypatch.setattr(
+        evaluation,
+        "choice_accuracies",
+        lambda model, tokenizer, items: scored.extend(items) or score(model, tokenizer, items),
+    )
+    arguments = ["eval", "--model", model_dir, "--task", "superglue/rte", "--data", superglue, "--dtype", "float32"]
+    path = tmp_path / "scores.json"
+    more = ["--split", split, "--limit", 5, "--data-seed", data_seed, "--output", path]
+    assert lowtide(*arguments, *more).code == 0
+    assert json.loads(path.read_text())["data_seed"] == data_seed
+    trained = load_superglue("rte", superglue, seed=data_seed)  # as lowtide train has it
+    assert len(scored) == 5 and all(item in trained.split(split) for item in scored)
+    if split == "dev":
+        assert not any(item in trained.train for item in scored)
 
 
 def test_text_is_scored_as_in_training(lowtide, model_dir, tmp_path):
@@ -93,6 +123,10 @@ def test_a_chat_template_and_bad_records(lowtide, model_dir, tmp_path):
         (["--task", "superglue/rte", "--data", "a", "b"], "--task takes one directory"),
         (["--task", "superglue/rte", "--data", "nowhere"], "holds no RTE/val.jsonl"),
         (["--data", "x.jsonl", "--scoring", "sum"], "--scoring is for --task"),
+        (["--data", "x.jsonl", "--data-seed", "3"], "--data-seed is for --task"),
+        (["--task", "superglue/rte", "--data-seed", "-1"], "whole number of at least 0"),
+        (["--data", "x.jsonl", "--num-fewshot", "0"], "--num-fewshot is for --lm-eval"),
+        (["--data", "x.jsonl", "--apply-chat-template"], "--apply-chat-template is for --lm-eval"),
         (["--data", "x.jsonl", "--limit", "3"], "--limit is for --task and --lm-eval"),
         (["--data", "x.jsonl", "--lm-eval-include", "."], "--lm-eval-include is for --lm-eval"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
@@ -113,6 +147,31 @@ def test_nothing_is_overwritten(lowtide, model_dir, superglue, tmp_path):
     result = lowtide(*arguments, "--output", path)
     assert result.code == 2 and "nothing is overwritten" in result.err[0] and path.read_text() == "mine"
     assert lowtide(*arguments, "--output", tmp_path / "no" / "x.json").code == 2
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    path = tmp_path / "scores.json"
+    scores = ScoresFile(str(path))
+    path.write_text("another's")
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        scores.add("a", 1)
+    assert path.read_text() == "another's" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_is_whole_after_every_part_and_stays_so_when_writing_fails(tmp_path):
+    path = tmp_path / "scores.json"
+    scores = ScoresFile(str(path))
+    scores.begin({"model": "m"})
+    assert not path.exists()
+    scores.add("a", 1)
+    before = {"model": "m", "complete": False, "scores": {"a": 1}}
+    assert json.loads(path.read_text()) == before
+    with pytest.raises(TypeError):
+        scores.add("b", object())
+    assert json.loads(path.read_text()) == before and list(tmp_path.iterdir()) == [path]
+    scores.add("b", 2)
+    scores.complete()
+    assert json.loads(path.read_text()) == {"model": "m", "complete": True, "scores": {"a": 1, "b": 2}}
 
 
 # The harness, offline: a task file over data that lies on this disk ------------------------------------------------------
@@ -174,10 +233,65 @@ def test_the_harness_agrees_with_our_own_scoring(lowtide, model_dir, own_task, t
     assert found["acc"] == pytest.approx(expected) and f"letters: acc {expected:.4f}" in result.out
 
 
-def test_an_unknown_task_of_the_harness(lowtide, model_dir, own_task):
+def test_an_unknown_task_of_the_harness_is_known_before_anything_is_loaded(lowtide, own_task, superglue):
     pytest.importorskip("lm_eval", reason="needs the extra eval (make test installs it)")
-    result = lowtide("eval", "--model", model_dir, "--lm-eval", "leters", "--lm-eval-include", own_task[0])
-    assert result.code == 2 and "no task 'leters' (did you mean letters?)" in result.err[-1]
+    arguments = ["--task", "superglue/rte", "--data", superglue, "--lm-eval-include", own_task[0]]
+    result = lowtide("eval", "--model", "nowhere", *arguments, "--lm-eval", "letters", "leters")
+    assert result.code == 2 and "no task 'leters' (did you mean letters?)" in result.err[-1] and result.out == ""
+
+
+def test_examples_in_front_and_the_chat_template_reach_the_harness(lowtide, model_dir, own_task, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs the extra eval (make test installs it)")
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    asked, answer = [], HFLM.loglikelihood
+
+    def loglikelihood(self, requests, **options):
+        asked.extend(request.args[0] for request in requests)
+        return answer(self, requests, **options)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", loglikelihood)
+    arguments = ["--lm-eval", "letters", "--lm-eval-include", own_task[0], "--dtype", "float32", "--limit", 1]
+    assert lowtide("eval", "--model", model_dir, *arguments).code == 0
+    assert set(asked) == {"Is 0 even?"}
+    asked.clear()
+    path = tmp_path / "scores.json"
+    more = ["--num-fewshot", 1, "--apply-chat-template", "--output", path]
+    result = lowtide("eval", "--model", model_dir, *arguments, *more)
+    assert result.code == 0, result.err
+    assert all(text.count(" even?") == 2 and text.count("<|user|>") for text in asked) and asked
+    written = json.loads(path.read_text())
+    assert (written["num_fewshot"], written["apply_chat_template"], written["limit"]) == (1, True, 1)
+
+
+def test_a_model_without_a_chat_template(lowtide, tmp_path, monkeypatch):
+    from lowtide.evaluation import harness
+
+    monkeypatch.setattr(harness, "find_harness_tasks", lambda *_: None)
+    model = save_tiny_model(tmp_path / "plain", chat=False)
+    result = lowtide("eval", "--model", model, "--lm-eval", "letters", "--apply-chat-template")
+    assert result.code == 2 and "plain has no chat template; leave the flag out" in result.err[-1]
+
+
+def test_scores_are_kept_when_a_later_part_fails(lowtide, model_dir, superglue, tmp_path, monkeypatch):
+    from lowtide.evaluation import harness
+
+    def evaluate(model, tokenizer, tasks, **options):
+        if tasks == ["second"]:
+            raise ConnectionError("the data of second cannot be loaded")
+        return {name: {"acc": 0.5} for name in tasks}
+
+    monkeypatch.setattr(harness, "find_harness_tasks", lambda *_: None)
+    monkeypatch.setattr(harness, "evaluate_with_harness", evaluate)
+    path = tmp_path / "scores.json"
+    arguments = ["--task", "superglue/rte", "--data", superglue, "--limit", 2, "--lm-eval", "first", "second"]
+    result = lowtide("eval", "--model", model_dir, *arguments, "--dtype", "float32", "--output", path)
+    assert result.code == 1 and "the data of second cannot be loaded" in result.err[-1]
+    written = json.loads(path.read_text())
+    assert written["complete"] is False and written["scores"]["lm_eval"] == {"first": {"acc": 0.5}}
+    assert written["scores"]["superglue/rte"]["num_items"] == 2
+    assert not [each for each in tmp_path.iterdir() if each.suffix == ".tmp"]
 
 
 def test_without_the_harness(lowtide, model_dir, monkeypatch):

@@ -1,6 +1,9 @@
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowtide.evaluation import ChoiceItem, choice_accuracy, choice_log_likelihoods
@@ -65,6 +68,54 @@ def test_equals_one_by_one(model, tokenizer, monkeypatch, normalize, count_end, 
     for item, some in zip(ITEMS, scores, strict=True):
         slow = [one_by_one(model, tokenizer, item, choice, normalize, count_end) for choice in item.choices]
         assert some == pytest.approx(slow, abs=1e-4)
+
+
+# Computed by hand --------------------------------------------------------------------------------------------------------
+
+BIGRAMS = {  # probability of the next token
+    "<end>": {"<end>": 0.25, "q": 0.25, "a": 0.25, "b": 0.25},
+    "q": {"<end>": 0.125, "q": 0.125, "a": 0.5, "b": 0.25},
+    "a": {"<end>": 0.125, "q": 0.0625, "a": 0.0625, "b": 0.75},
+    "b": {"<end>": 0.5, "q": 0.25, "a": 0.125, "b": 0.125},
+}
+
+
+class Bigrams(torch.nn.Module):
+    """Knows the last token only."""
+
+    def __init__(self):
+        super().__init__()
+        table = torch.tensor([[row[token] for token in BIGRAMS] for row in BIGRAMS.values()])
+        self.logits = torch.nn.Parameter(table.log() + 7)  # a constant more, as logits may have
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.logits[input_ids])
+
+
+@pytest.fixture(scope="module")
+def letters():
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(BIGRAMS)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@pytest.mark.parametrize(
+    ("normalize", "count_end", "probabilities"),
+    [
+        ("sum", False, [0.5, 0.375]),  # P(a|q) = 1/2, and P(a|q) P(b|a) = 1/2 * 3/4
+        ("per_token", False, [0.5, 0.6124]),  # the square root of 0.375
+        ("sum", True, [0.0625, 0.1875]),  # 1/2 * 1/8, and 3/8 * 1/2
+        ("per_token", True, [0.25, 0.5724]),  # the square root, and the cube root
+    ],
+)
+def test_probabilities_computed_by_hand(letters, normalize, count_end, probabilities):
+    item = ChoiceItem("q", ["a", "ab"], 1)
+    (found,) = choice_log_likelihoods(Bigrams(), letters, [item], normalize=normalize, count_end=count_end)
+    assert [math.exp(each) for each in found] == pytest.approx(probabilities, abs=5e-5)
+    likeliest = probabilities.index(max(probabilities))
+    result = choice_accuracy(Bigrams(), letters, [item], normalize=normalize, count_end=count_end)
+    assert (result.predictions, result.accuracy) == ([likeliest], float(likeliest == 1))
 
 
 def test_accuracy_counts_the_items_whose_likeliest_choice_is_right(model, tokenizer):

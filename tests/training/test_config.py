@@ -33,6 +33,7 @@ def test_defaults_are_valid():
         ({"samples": 2, "eval_fraction": 0.0}, "samples are answers to held-out prompts"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"data_seed": -1}, "data_seed must be at least 0"),
         ({"lr": 0.0}, "lr must be a number above 0"),
         ({"lr": float("nan")}, "lr must be a number above 0"),
         ({"lr": float("inf")}, "lr must be a number above 0"),

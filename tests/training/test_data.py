@@ -26,7 +26,7 @@ def examples_of(batches):
 def test_held_out_records_come_from_the_training_data_or_from_their_own(make_config, tokenizer, tmp_path):
     config = make_config(eval_fraction=0.25)
     records = read_records(config.data)
-    chosen, kept_back = split_held_out(records, 0.25, config.seed)
+    chosen, kept_back = split_held_out(records, 0.25, config.data_seed)
     assert (len(chosen), len(kept_back)) == (48, 16)
     data = load_data(config, tokenizer)
     for batches, expected in ((data.train, chosen), (data.held_out, kept_back)):
@@ -37,6 +37,19 @@ def test_held_out_records_come_from_the_training_data_or_from_their_own(make_con
     data = load_data(make_config(eval_data=[str(own)]), tokenizer)
     assert (len(examples_of(data.train)), len(examples_of(data.held_out))) == (64, 1)
     assert load_data(make_config(eval_fraction=0), tokenizer).held_out is None
+
+
+def test_what_is_held_out_follows_the_data_seed_alone(make_config, tokenizer, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("".join(f"line {number}\n" for number in range(400)))
+    for changes in ({"data": [str(book)]}, {}):
+
+        def held_out(seed, data_seed, changes=changes):
+            config = make_config(eval_fraction=0.25, seed=seed, data_seed=data_seed, **changes)
+            found = load_data(config, tokenizer).held_out
+            return [list(found.example(number)[0]) for number in range(found.num_examples)]
+
+        assert held_out(0, 0) == held_out(1, 0) != held_out(0, 1)
 
 
 def test_a_single_record_cannot_be_held_out(make_config, tokenizer, tmp_path):

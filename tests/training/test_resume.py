@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from lowtide.training import TrainConfig, read_events, train
 from lowtide.training.checkpoint import list_checkpoints
+from lowtide.training.resume import changed_settings
 from streaming_cpu import stream_on_cpu
 from tiny_files import save_tiny_model
 
@@ -166,6 +167,7 @@ def test_by_time(make, monkeypatch):
     ({"batch_size": 4}, "batch_size was 6 and is 4"),
     ({"max_steps": 20}, "max_steps was 8 and is 20"),
     ({"micro_batch_size": 2}, "micro_batch_size was None and is 2"),
+    ({"data_seed": 1}, "data_seed was 0 and is 1"),
 ])  # fmt: skip
 def test_another_setting_is_named_and_refused(changes, named, make):
     config = make("out")
@@ -179,6 +181,27 @@ def test_another_setting_is_named_and_refused(changes, named, make):
         else TrainConfig(**{**other, "allow_changes": True})
     )
     assert result.num_steps == (changes.get("max_steps") or NUM_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "data_seed"),
+    [
+        ({}, 3),
+        ({"task": "superglue/rte"}, 3),
+        ({"task": "superglue/rte", "eval_fraction": 0.0}, 3),
+        ({"eval_data": ["held-out.jsonl"]}, 0),
+        ({"eval_fraction": 0.0}, 0),
+    ],
+)
+def test_a_run_of_before_there_was_a_data_seed_keeps_its_split_or_is_refused(changes, data_seed, make):
+    """Its splits, where it made any, were drawn by its seed."""
+    config = make("out", seed=3, **changes)
+    saved = {name: value for name, value in config.to_dict().items() if name != "data_seed"}
+    assert changed_settings(make("out", seed=3, data_seed=data_seed, **changes), saved) == {}
+    refused = changed_settings(make("out", seed=3, data_seed=5, **changes), saved)
+    assert refused == {"data_seed": f"data_seed was {data_seed} and is 5"}
+    saved["data_seed"] = 0  # a new one says what it was
+    assert changed_settings(config, saved) == {}
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "lomo"}, {"dtype": "bfloat16"}])

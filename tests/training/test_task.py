@@ -9,7 +9,9 @@ from lowtide.data import load_superglue, majority_share
 from lowtide.evaluation import choice_accuracies
 from lowtide.models import load_model, load_tokenizer
 from lowtide.training import read_events, train
-from superglue_files import write_rte
+from lowtide.training.data import find_data
+from superglue_files import OFFICIAL, write_rte
+from tiny_files import write_jsonl
 
 
 @pytest.fixture
@@ -39,6 +41,17 @@ def test_accuracy_of_held_out_examples_is_measured(config, tmp_path):
     assert scores[-1]["accuracy_sum"] == majority_share(dev) > scores[0]["accuracy_sum"]
     counted = read_events(result.output / "metrics.jsonl", "config")[0]["data_num_records"]
     assert counted == len(load_superglue("rte", tmp_path / "SuperGLUE").train)
+
+
+def test_its_examples_follow_the_data_seed_alone(config, tmp_path):
+    rows = [OFFICIAL["rte"] | {"premise": str(number)} for number in range(40)]
+    write_jsonl(tmp_path / "SuperGLUE" / "RTE" / "train.jsonl", rows)
+    one, two, other = (
+        find_data(dataclasses.replace(config, seed=seed, data_seed=data_seed)).task
+        for seed, data_seed in ((0, 0), (1, 0), (0, 1))
+    )
+    assert one == two == load_superglue("rte", tmp_path / "SuperGLUE")
+    assert one.dev != other.dev and other == load_superglue("rte", tmp_path / "SuperGLUE", seed=1)
 
 
 def test_progress_shows_the_accuracy(config, capsys):

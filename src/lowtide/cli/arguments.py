@@ -47,6 +47,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def whole_number(text: str) -> int:
+    """The value of a flag that may be 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 # What other trainers call a setting; not accepted, but understood.
 _ELSEWHERE = {
     "learning_rate": "lr",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.config import BAD_RECORDS, DTYPES
-from .arguments import UsageError, positive_int
+from .arguments import UsageError, positive_int, whole_number
+from .scores_file import ScoresFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..data import TaskData
 
 _EPILOG = """\
 examples:
@@ -20,7 +22,8 @@ examples:
   lowtide eval --model tuned/model --lm-eval arc_easy hellaswag
 
 A task is multiple choice: the answer is the choice that the model finds likeliest after the prompt. The log-likelihoods of
-its tokens are added up (sum), or divided by their number as well (per_token, as in the LOMO paper). Both are shown."""
+its tokens are added up (sum), or divided by their number as well (per_token, as in the LOMO paper). Both are shown.
+docs/evaluation.md says what the prompts and the splits are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,17 +51,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         choices=("test", "dev", "train"),
-        help="of a task: test is its validation file, dev is what lowtide train --task holds out (default: test)",
+        help="of a task: test is its validation file, dev is what lowtide train --task holds out, train what it learns (default: test)",
     )
     parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="examples of a task at most, drawn by the seed (default: 1000)"
+        "--limit",
+        type=positive_int,
+        metavar="N",
+        help="examples at most: of a --task drawn by --data-seed (default: 1000), of every task of --lm-eval its first ones (default: all)",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of that draw, and of the splits (default: 0)")
+    parser.add_argument(
+        "--data-seed",
+        type=whole_number,
+        metavar="N",
+        help="of a task: that of lowtide train, which decides the splits and what is drawn of them (default: 0)",
+    )
     parser.add_argument(
         "--lm-eval", nargs="+", metavar="TASK", help="tasks of the lm-evaluation-harness (pip install 'lowtide[eval]')"
     )
     parser.add_argument(
         "--lm-eval-include", metavar="DIR", help="a directory with task files of your own for --lm-eval; works offline"
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=whole_number,
+        metavar="N",
+        help="solved examples in front of every question of --lm-eval (default: what its task says)",
+    )
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="write the questions of --lm-eval as the model's chat template has them",
     )
     parser.add_argument(
         "--max-seq-len",
@@ -83,7 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template", metavar="FILE", help="for --data, as in lowtide train (default: the one of the model)"
     )
-    parser.add_argument("--output", metavar="FILE", help="write the scores there as JSON; it must not exist")
+    parser.add_argument(
+        "--output", metavar="FILE", help="write the scores there as JSON, after every part; it must not exist"
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES[:3],
@@ -98,6 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate. Returns the exit code."""
     _check(args)
+    output = ScoresFile(args.output)
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -108,30 +133,37 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if computes_bfloat16(device) else "float32")
     tasks = _load_tasks(args)  # what is wrong with them shows before the model is loaded
+    harness = _find_harness_tasks(args)
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    if args.apply_chat_template and not tokenizer.chat_template:
+        raise UsageError(f"--apply-chat-template: {args.model} has no chat template; leave the flag out")
     batches = None if args.task or not args.data else _read_text(args, tokenizer)
     model = load_model(
         args.model, dtype=parse_dtype(args.dtype), device=device, trust_remote_code=args.trust_remote_code
     )
     model.eval()
-    scores: dict[str, Any] = {}
+    output.begin(_settings(args))
     for name, data in tasks.items():
-        scores[name] = _score_task(args, model, tokenizer, name, data)
+        output.add(name, _score_task(args, model, tokenizer, name, data))
     if batches is not None:
-        scores["text"] = _score_text(model, batches)
-    if args.lm_eval:
-        from ..evaluation.harness import evaluate_with_harness
-
-        found = evaluate_with_harness(
-            model, tokenizer, args.lm_eval, batch_size=args.batch_size, limit=args.limit, include=args.lm_eval_include
-        )
-        for name, metrics in found.items():
-            print(f"{name}: {', '.join(f'{metric} {value:.4f}' for metric, value in metrics.items())}", flush=True)
-        scores["lm_eval"] = found
-    if args.output:
-        with Path(args.output).expanduser().open("x", encoding="utf-8") as file:
-            json.dump({"model": args.model, "dtype": args.dtype, "scores": scores}, file, indent=1)
+        output.add("text", _score_text(model, batches))
+    found: dict[str, Any] = {}
+    # One by one, so that a task whose data cannot be had takes no other's score with it.
+    for name in args.lm_eval or ():
+        found |= _score_with_harness(args, model, tokenizer, name, harness)
+        output.add("lm_eval", found)
+    output.complete()
     return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the scores depend on, beside the data."""
+    named = {"model": args.model, "dtype": args.dtype, "limit": args.limit}
+    if args.task:
+        named["data_seed"] = args.data_seed or 0
+    if args.lm_eval:
+        named |= {"num_fewshot": args.num_fewshot, "apply_chat_template": args.apply_chat_template}
+    return named
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -139,59 +171,75 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("nothing to evaluate: give --task, --data or --lm-eval")
     if args.task and args.data and len(args.data) != 1:
         raise UsageError("--task takes one directory as --data")
-    for name in ("scoring", "split", "seed"):
+    for name in ("scoring", "split", "data_seed"):
         if getattr(args, name) is not None and not args.task:
-            raise UsageError(f"--{name} is for --task")
+            raise UsageError(f"--{name.replace('_', '-')} is for --task")
     if args.limit is not None and not (args.task or args.lm_eval):
         raise UsageError("--limit is for --task and --lm-eval")
     for name in ("bad_records", "chat_template"):
         if getattr(args, name) is not None and (args.task or not args.data):
             raise UsageError(f"--{name.replace('_', '-')} is for --data without --task")
-    if args.lm_eval_include is not None and not args.lm_eval:
-        raise UsageError("--lm-eval-include is for --lm-eval")
+    for name in ("lm_eval_include", "num_fewshot", "apply_chat_template"):
+        value = getattr(args, name)
+        if value is not None and value is not False and not args.lm_eval:  # 0 is a number of examples
+            raise UsageError(f"--{name.replace('_', '-')} is for --lm-eval")
     for name in args.task or ():
         if not name.startswith("superglue/"):
             raise UsageError(f"--task {name}: a task is superglue/ and a name, as in superglue/rte")
-    if args.output is None:
-        return
-    path = Path(args.output).expanduser()
-    if path.exists():
-        raise FileExistsError(f"--output {path} exists, and nothing is overwritten: name a new file")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--output {path}: there is no directory {path.absolute().parent}")
 
 
-def _load_tasks(args: argparse.Namespace) -> dict[str, Any]:
+def _load_tasks(args: argparse.Namespace) -> dict[str, TaskData]:
     from ..data import load_superglue
 
-    data, limit = args.data[0] if args.data else None, args.limit or 1000
+    source, seed = args.data[0] if args.data else None, args.data_seed or 0
+    # The splits of a training run, whatever the limit is: a smaller dev set of its own would have examples that were trained on.
     return {
-        name: load_superglue(
-            name.removeprefix("superglue/"), data, num_train=limit if args.split == "train" else 1000,
-            num_dev=limit if args.split == "dev" else 1000, num_test=limit, seed=args.seed or 0,
-        )
+        name: load_superglue(name.removeprefix("superglue/"), source, num_test=args.limit or 1000, seed=seed)
         for name in args.task or ()
-    }  # fmt: skip
+    }
+
+
+def _find_harness_tasks(args: argparse.Namespace) -> Any:
+    if not args.lm_eval:
+        return None
+    from ..evaluation.harness import find_harness_tasks
+
+    return find_harness_tasks(args.lm_eval, args.lm_eval_include)
+
+
+def _score_with_harness(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, manager: Any
+) -> dict[str, dict[str, float]]:
+    from ..evaluation import harness
+
+    found = harness.evaluate_with_harness(
+        model, tokenizer, [name], batch_size=args.batch_size, limit=args.limit, num_fewshot=args.num_fewshot,
+        apply_chat_template=args.apply_chat_template, manager=manager,
+    )  # fmt: skip
+    for each, metrics in found.items():
+        print(f"{each}: {', '.join(f'{metric} {value:.4f}' for metric, value in metrics.items())}", flush=True)
+    return found
 
 
 def _score_task(
-    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, data: Any
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, data: TaskData
 ) -> dict[str, Any]:
     from ..data import majority_share
+    from ..data.choices import sample
     from ..evaluation import choice_accuracies
 
-    items, scoring = data.split(args.split or "test"), args.scoring or "per_token"
+    split, scoring = args.split or "test", args.scoring or "per_token"
+    items = sample(data.split(split), args.limit or 1000, args.data_seed or 0)
     found = choice_accuracies(model, tokenizer, items)
     majority = majority_share(items)
     other = next(each for each in found if each != scoring)
     print(
         f"{name}: accuracy {found[scoring].accuracy:.1%} ({scoring.replace('_', ' ')}; {other.replace('_', ' ')} "
-        f"{found[other].accuracy:.1%}; always the most frequent answer {majority:.1%}), {len(items)} examples of "
-        f"{args.split or 'test'}",
+        f"{found[other].accuracy:.1%}; always the most frequent answer {majority:.1%}), {len(items)} examples of {split}",
         flush=True,
     )
     return {
-        "split": args.split or "test", "num_items": len(items), "scoring": scoring, "accuracy": found[scoring].accuracy, "majority": majority,
+        "split": split, "num_items": len(items), "scoring": scoring, "accuracy": found[scoring].accuracy, "majority": majority,
         **{f"accuracy_{each}": result.accuracy for each, result in found.items()}, "predictions": found[scoring].predictions,
         "gold": [item.gold for item in items], "note": data.note,
     }  # fmt: skip

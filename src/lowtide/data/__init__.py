@@ -5,7 +5,8 @@ from .choices import ChoiceItem, as_records, majority_share
 from .encoding import TokenStats, encode_records
 from .record import Record
 from .records import Source, read_records, read_sources
-from .superglue import TASKS, TaskData, load_superglue
+from .superglue import TaskData, load_superglue
+from .superglue_tasks import TASKS
 from .tokens import Example, as_completion
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from .record import Record
@@ -14,11 +14,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """A prompt, its possible continuations (leading blanks included) and the index of the right one."""
+    """A prompt, its possible continuations (leading blanks included) and the index of the right one.
+
+    ``group`` is what related items have in common, such as their passage: they are kept on one side of a split. None for an item
+    that is for itself. Items that differ in it alone are equal.
+    """
 
     prompt: str
     choices: Sequence[str]
     gold: int
+    group: str | None = field(default=None, compare=False, repr=False)
 
 
 def as_records(items: Sequence[ChoiceItem], source: str) -> list[Record]:
@@ -40,6 +45,33 @@ def sample(items: Sequence[T], count: int, seed: int) -> list[T]:
         return list(items)
     chosen = sorted(random.Random(seed).sample(range(len(items)), count))
     return [items[index] for index in chosen]
+
+
+def hold_out(items: Sequence[ChoiceItem], count: int, seed: int) -> tuple[list[ChoiceItem], list[ChoiceItem]]:
+    """(the rest, at most so many that are held out), drawn by the seed, each in their own order.
+
+    Of items with groups whole ones are held out, so that it may be a few less; or the smallest group where none is as small as that.
+    """
+    if any(item.group is not None for item in items):
+        chosen = _whole_groups(items, count, seed)
+    else:
+        chosen = set(sample(range(len(items)), count, seed))
+    rest = [item for index, item in enumerate(items) if index not in chosen]
+    return rest, [item for index, item in enumerate(items) if index in chosen]
+
+
+def _whole_groups(items: Sequence[ChoiceItem], count: int, seed: int) -> set[int]:
+    groups: dict[str | int, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(index if item.group is None else item.group, []).append(index)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    chosen: set[int] = set()
+    for group in order:
+        if len(chosen) + len(group) <= count:
+            chosen.update(group)
+    smallest: list[int] = min(order, key=len)
+    return chosen or set(smallest)
 
 
 def majority_share(items: Sequence[ChoiceItem]) -> float:

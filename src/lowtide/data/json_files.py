@@ -33,7 +33,14 @@ def not_utf8(place: str, raw: bytes, index: int, offset: int) -> ValueError:
     return ValueError(f"{place}: byte {offset} (0x{raw[index]:02x}) is not valid UTF-8; {advice}save the file as UTF-8")
 
 
-def json_line_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
+def json_line_rows(path: Path, file: BinaryIO, *, wanted: str = WANTED) -> Iterator[Row]:
+    """The object on every line that is not blank, or what is wrong with it.
+
+    Args:
+        path: of the file, for messages.
+        file: open at its beginning.
+        wanted: what an object has to be, to be said of what is none.
+    """
     offset = 0
     # Binary lines end at \n alone; text mode and splitlines() would also cut at characters that JSON allows in strings.
     for number, raw in enumerate(file, start=1):
@@ -41,7 +48,7 @@ def json_line_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
             line = raw.decode("utf-8")
             line = (line.removeprefix("\ufeff") if number == 1 else line).strip()
             if line:
-                yield Row(number, None, _json_object(line, f"{path}:{number}"))
+                yield Row(number, None, _json_object(line, f"{path}:{number}", wanted))
         except UnicodeDecodeError as error:
             yield Row(number, None, not_utf8(f"{path}:{number}", raw, error.start, offset + error.start))
         except ValueError as error:
@@ -49,7 +56,7 @@ def json_line_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
         offset += len(raw)
 
 
-def _json_object(line: str, place: str) -> dict[str, Any]:
+def _json_object(line: str, place: str, wanted: str) -> dict[str, Any]:
     if line.startswith("["):
         raise ValueError(
             f"{place}: a JSON array, but every line must be one object; convert it: jq -c '.[]' old.json > new.jsonl, or "
@@ -64,7 +71,7 @@ def _json_object(line: str, place: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, nesting of 1000 levels
         raise ValueError(f"{place}: JSON that cannot be read ({error}); correct or remove the line") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: {type_name(row)} instead of a JSON object; {WANTED}")
+        raise ValueError(f"{place}: {type_name(row)} instead of a JSON object; {wanted}")
     return row
 
 

@@ -110,6 +110,12 @@ class TrainConfig:
         metavar="superglue/NAME",
         default=None,
     )
+    data_seed: int = _option(
+        MODEL_AND_DATA,
+        "decides what is held out of the data, and which examples of a task are drawn; runs that are to be compared or averaged have the "
+        "same one, whatever their seed",
+        default=0,
+    )
     bad_records: str = _option(
         MODEL_AND_DATA,
         "lines and rows of the data that are no usable record: refuse the file, or skip them, count them and say where they are",

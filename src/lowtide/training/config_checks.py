@@ -151,6 +151,7 @@ def _check_ranges(config: TrainConfig) -> None:
         *((name, 1) for name in counts),
         ("max_seq_len", 2),
         ("seed", 0),
+        ("data_seed", 0),
         ("lora_rank", 0),
         ("keep_activations", 0),
         ("samples", 0),

@@ -80,18 +80,18 @@ def find_data(config: TrainConfig) -> TrainInputs:
         FileNotFoundError, ValueError, ConnectionError: a file is missing or of an unknown type, or there is no such task.
     """
     if config.task is not None:
-        return TrainInputs((), (), read_task(config.task, config.data[0], config.seed))
+        return TrainInputs((), (), read_task(config.task, config.data[0], config.data_seed))
     held_out = find_inputs(config.eval_data, held_out=True) if config.eval_data is not None else []
     return TrainInputs(find_inputs(config.data), held_out, None)
 
 
-def read_task(task: str, data: str, seed: int) -> TaskData:
+def read_task(task: str, data: str, data_seed: int) -> TaskData:
     """The items of a task such as superglue/rte, from a directory or the hub.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: there is no such task, or its files are missing or malformed.
     """
-    return load_superglue(task.removeprefix("superglue/"), None if data == HUB_ID else data, seed=seed)
+    return load_superglue(task.removeprefix("superglue/"), None if data == HUB_ID else data, seed=data_seed)
 
 
 def token_cache(config: TrainConfig) -> TokenCache | None:
@@ -195,14 +195,15 @@ def _split(config: TrainConfig, store: TokenStore) -> tuple[Selection, Selection
             raise ValueError(
                 f"{first} is too short to hold a part of it out: add data, give eval_data, set eval_fraction to 0 or lower max_seq_len"
             )
-        chosen, held_out = split_held_out(range(len(whole)), config.eval_fraction, config.seed)
+        chosen, held_out = split_held_out(range(len(whole)), config.eval_fraction, config.data_seed)
         return whole.among(chosen), whole.among(held_out), whole.stats()
     if num_records < 2:
         raise ValueError(
             f"{first} has a single record, so none can be held out: add data, give eval_data, or set eval_fraction to 0"
         )
     train, evaluated = (
-        store.of_records(records) for records in split_held_out(range(num_records), config.eval_fraction, config.seed)
+        store.of_records(records)
+        for records in split_held_out(range(num_records), config.eval_fraction, config.data_seed)
     )
     for each, what in ((train, "train on"), (evaluated, "evaluate")):
         if not len(each):

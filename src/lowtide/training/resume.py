@@ -134,11 +134,18 @@ def changed_settings(config: TrainConfig, saved: dict[str, Any]) -> dict[str, st
     """What differs and would change the run: by name, what was and what is."""
     now = config.to_dict()
     default = {field.name: field.default for field in dataclasses.fields(config)}
+    if _split_itself(saved):  # where there is no data_seed yet, by the seed
+        default["data_seed"] = saved.get("seed", default["seed"])
     return {
         name: f"{name} was {saved.get(name, default[name])!r} and is {value!r}"
         for name, value in now.items()
         if name not in FREE_TO_CHANGE and saved.get(name, default[name]) != value
     }
+
+
+def _split_itself(saved: dict[str, Any]) -> bool:
+    """Whether what the run held out was drawn by it."""
+    return saved.get("task") is not None or (saved.get("eval_data") is None and saved.get("eval_fraction") != 0)
 
 
 def state_of(run: Run, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
