@@ -30,18 +30,11 @@ from numpy.typing import NDArray
 
 from ..weights.direct_io import flush_directory
 from .encoding import Encoded, TokenStats
+from .store_files import COLUMNS, FORMAT, META, TOKENS, read_meta
 from .tokens import IGNORED, Example
 
 Ints = NDArray[numpy.integer[Any]]
 
-_TOKENS, _META = "tokens.bin", "meta.json"
-_COLUMNS = {
-    "lengths": numpy.int32,
-    "trained": numpy.int32,
-    "records": numpy.int64,
-    "truncated": numpy.bool_,
-    "dropped": numpy.int32,
-}
 _CODES = {"lengths": "i", "trained": "i", "records": "q", "truncated": "b", "dropped": "i"}
 
 
@@ -81,9 +74,9 @@ class TokenStore:
         Raises:
             ValueError, OSError: it is not there, or not whole.
         """
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        columns = {name: numpy.load(folder / f"{name}.npy") for name in _COLUMNS}
-        path = folder / _TOKENS
+        meta = read_meta(folder)
+        columns = {name: numpy.load(folder / f"{name}.npy") for name in COLUMNS}
+        path = folder / TOKENS
         if path.stat().st_size != 4 * int(columns["lengths"].sum(dtype=numpy.int64)):
             raise ValueError(f"{path} is {path.stat().st_size} bytes long, which does not agree with its lengths")
         if len({len(columns[name]) for name in ("lengths", "trained", "records", "truncated")}) != 1:
@@ -181,7 +174,7 @@ class StoreWriter:
         self._file: BinaryIO | None = None
         if folder is not None:
             folder.mkdir(parents=True, mode=0o700)
-            self._file = (folder / _TOKENS).open("wb", buffering=2**20)
+            self._file = (folder / TOKENS).open("wb", buffering=2**20)
 
     def add(self, encoded: Encoded) -> None:
         """Append what one record came to; of a long text, what one piece did."""
@@ -212,7 +205,7 @@ class StoreWriter:
             name: numpy.frombuffer(self._columns[name], dtype=numpy.dtype(self._columns[name].typecode)).astype(kind)
             if len(self._columns[name])
             else numpy.zeros(0, kind)
-            for name, kind in _COLUMNS.items()
+            for name, kind in COLUMNS.items()
         }
         digest = self._digest.copy()
         digest.update(columns["lengths"].tobytes())
@@ -225,8 +218,8 @@ class StoreWriter:
             with (self.folder / f"{name}.npy").open("wb") as file:
                 numpy.save(file, column)
                 _flush(file)
-        with (self.folder / _META).open("wb") as file:
-            file.write(json.dumps({"digest": found, "info": info}, indent=1).encode())
+        with (self.folder / META).open("wb") as file:
+            file.write(json.dumps({"format": FORMAT, "digest": found, "info": info}, indent=1).encode())
             _flush(file)
         flush_directory(self.folder)
         return TokenStore.open(self.folder)
