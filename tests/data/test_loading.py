@@ -445,7 +445,7 @@ before = resident_bytes()
 store = load_tokens(find_inputs(data), tokenizer, 512, cache=TokenCache(Path(cache)))
 batches = Batches(store.all(), batch_size=8, max_seq_len=512, pad_token_id=0, packing=True, seed=0)
 next(batches.epoch(0))
-print(json.dumps([peak_resident_bytes() - before, len(store), int(store.starts[-1])]))
+print(json.dumps([peak_resident_bytes() - before, len(store), store.num_tokens]))
 """
 
 

@@ -62,7 +62,7 @@ def load_tokens(
 
     ``info`` of the store has "only_text", "first" (the source of the first record), "detected" (as :class:`Detected`), "num_bad", the
     number of records left out, and "bad", what was wrong with the first of them. With a cache, memory use does not grow with
-    the size of the data but for some 200 bytes an example.
+    the size of the data but for about 50 bytes an example.
 
     Args:
         inputs: what to read, from :func:`find_inputs`.
@@ -91,7 +91,7 @@ def load_tokens(
     found = cache.find(key)
     if found is not None:
         loading.tell_again(found)
-        loading.report(loading.num_bytes, int(found.starts[-1]), from_cache=True, done=True)
+        loading.report(loading.num_bytes, found.num_tokens, from_cache=True, done=True)
         return found
     try:
         folder = cache.new_folder()

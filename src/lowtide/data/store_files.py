@@ -1,4 +1,4 @@
-"""The files of a token store on disk: how they are told from those of others, and removed.
+"""The files of a token store on disk: how they are told from those of others, removed, and read without staying in memory.
 
 A store lies in a folder that a user has named. So nothing is deleted that is not known by its name and kind, and no link is followed.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import re
 import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
+from numpy.typing import DTypeLike, NDArray
 
 TOKENS, META = "tokens.bin", "meta.json"
 COLUMNS = {
@@ -24,6 +27,7 @@ COLUMNS = {
     "dropped": numpy.int32,
 }
 FORMAT = "lowtide token store 1"
+PIECE = 2**16  # numbers of a column that are looked at together
 _NAMES = frozenset({TOKENS, META, *(f"{name}.npy" for name in COLUMNS)})
 
 
@@ -70,3 +74,62 @@ def remove_store(folder: Path) -> None:
                 path.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def write_header(file: BinaryIO, kind: DTypeLike, length: int) -> None:
+    """What a file ``.npy`` of one dimension begins with: 128 bytes, whatever the length, so that it can be written anew."""
+    facts = {"descr": numpy.dtype(kind).str, "fortran_order": False, "shape": (length,)}
+    numpy.lib.format.write_array_header_1_0(file, facts)
+    assert file.tell() == 128
+
+
+def map_column(folder: Path, name: str) -> NDArray[Any]:
+    """A column of a store, read from its file where it is looked at.
+
+    Raises:
+        ValueError, OSError: it is not there, or not whole.
+    """
+    path = folder / f"{name}.npy"
+    column: NDArray[Any] = numpy.load(path, mmap_mode="r")
+    if column.ndim != 1 or column.dtype != COLUMNS[name]:
+        raise ValueError(
+            f"{path} holds {column.dtype} {list(column.shape)} instead of {numpy.dtype(COLUMNS[name])} [E]"
+        )
+    return column
+
+
+def pieces(column: NDArray[Any], indices: NDArray[Any] | None = None) -> Iterator[NDArray[Any]]:
+    """A column, or the numbers at some indices of it, piece by piece. Of a mapped one, no more is in memory at a time."""
+    for start in range(0, len(column if indices is None else indices), PIECE):
+        where = slice(start, start + PIECE)
+        yield column[where] if indices is None else column[indices[where]]
+        _let_go(column)
+
+
+def marked_numbers(marks: Iterable[NDArray[numpy.bool_]], number: int) -> NDArray[Any]:
+    """The numbers of what is marked.
+
+    Args:
+        marks: one for everything, piece by piece.
+        number: of the marks. It decides whether 4 or 8 bytes are taken for each number that is found.
+    """
+    kind = smallest_ints(number)
+    found, start = [numpy.zeros(0, kind)], 0
+    for piece in marks:
+        found.append((numpy.flatnonzero(piece) + start).astype(kind))
+        start += len(piece)
+    return numpy.concatenate(found)
+
+
+def smallest_ints(number: int) -> type[numpy.int32] | type[numpy.int64]:
+    """What the numbers below ``number`` fit in."""
+    return numpy.int32 if number <= 2**31 else numpy.int64
+
+
+def _let_go(column: NDArray[Any]) -> None:
+    """Take the pages of a mapped column out of the resident set; they are read again when they are needed."""
+    base: Any = column.base
+    while isinstance(base, numpy.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
