@@ -1,4 +1,4 @@
-"""The token cache deletes what it has written itself, and nothing else."""
+"""The token cache: it hashes what it is asked for, and deletes what it has written itself and nothing else."""
 
 import json
 import os
@@ -7,8 +7,10 @@ import time
 
 import pytest
 
+from lowtide.data import cache as cache_module
 from lowtide.data.cache import TokenCache
 from lowtide.data.encoding import Encoded
+from lowtide.data.inputs import Input, find_inputs
 from lowtide.data.store import StoreWriter
 from lowtide.data.store_files import is_store
 from lowtide.data.tokens import IGNORED, Example
@@ -182,3 +184,14 @@ def test_a_folder_that_it_makes_is_marked_as_a_cache(tmp_path):
     (tmp_path / "old" / "tokens").mkdir(parents=True)
     keep(TokenCache(tmp_path / "old"))
     assert [path.name for path in (tmp_path / "old" / "tokens").iterdir()] == [NEW]
+
+
+def test_files_are_hashed_whole_and_it_is_told_how_far(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_HASHED_AT_ONCE", 1000)
+    for name, size in (("a.txt", 2500), ("b.JSONL", 1000), ("c.txt", 0)):
+        (tmp_path / name).write_bytes(os.urandom(size))
+    inputs = [*find_inputs(tmp_path), Input("org/name")]
+    inputs[-1].rows = [{"text": "a"}]  # of a data set of the hub
+    told = []
+    assert cache_module._digests(inputs, told.append) == [each.digest() for each in inputs]
+    assert told == [1000, 2000, 2500, 3500]

@@ -292,11 +292,18 @@ except OSError as error:
 
 def test_progress_goes_from_nothing_to_all(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("lowtide.data.encoding._RECORDS_PER_CALL", 10)
+    monkeypatch.setattr("lowtide.data.cache._HASHED_AT_ONCE", 4096)
     files = [write_jsonl(tmp_path / f"{n}.jsonl", [{"text": "the tide " * 50}] * 200) for n in (1, 2)]
     cache, reports = TokenCache(tmp_path / "cache"), []
     load_tokens(find_inputs(files), tokenizer, 32, cache=cache, on_progress=reports.append)
     num_bytes = sum(file.stat().st_size for file in files)
     assert {report.num_bytes for report in reports} == {num_bytes}
+    hashed = [report for report in reports if report.hashing]
+    assert reports[: len(hashed)] == hashed  # before anything else
+    assert len(hashed) > num_bytes / 4096
+    read = [report.num_read for report in hashed]
+    assert (read[0], read[-1], read) == (4096, num_bytes, sorted(read))
+    reports = reports[len(hashed) :]
     read = [report.num_read for report in reports]
     assert read == sorted(read)
     assert 0 < read[0] < num_bytes / 4
@@ -307,7 +314,8 @@ def test_progress_goes_from_nothing_to_all(tokenizer, tmp_path, monkeypatch):
     assert f"{reports[-1].num_tokens:,} tokens in" in describe(reports[-1], cache)
     reports.clear()
     load_tokens(find_inputs(files), tokenizer, 32, cache=cache, on_progress=reports.append)
-    (report,) = reports
+    assert [each.hashing for each in reports] == [True] * len(hashed) + [False]
+    report = reports[-1]
     assert (report.from_cache, report.done) == (True, True)
     assert "from the cache" in describe(report, cache)
 

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ _UNFINISHED = ".unfinished-"
 _UNFINISHED_NAME = re.compile(r"\.unfinished-[a-z0-9_]{8}")  # as tempfile makes it
 _NEW, _DAMAGED, _REMOVED = "store", "damaged", "removed"  # what may lie in such a folder, stores all of them
 UNREADABLE = (ValueError, KeyError, TypeError, EOFError, OSError)  # what a damaged store may raise
+_HASHED_AT_ONCE = 2**22  # bytes
 _STALE_S = 24 * 3600.0  # an unfinished entry as old as this belongs to no living process
 _TAG = """Signature: 8a477f597d28d172789f06886806bc55
 # Tokens that lowtide keeps for the next start. They can be made again, so programs for backups may pass this folder over.
@@ -42,18 +43,25 @@ _TAG = """Signature: 8a477f597d28d172789f06886806bc55
 """
 
 
-def content_key(inputs: Sequence[Input], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str | None:
+def content_key(
+    inputs: Sequence[Input],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    on_read: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> str | None:
     """Hash of everything that decides what examples are made; None for a slow tokenizer, which is code that cannot be hashed.
 
     Args:
         inputs: the data, of which every byte is read.
         tokenizer: what encodes it.
+        on_read: told now and then how many bytes of the files have been read, of all of them together.
         settings: the rest, plain values.
     """
     if not tokenizer.is_fast:
         return None
     parts: dict[str, Any] = {
-        "data": [each.digest() for each in inputs],
+        "data": _digests(inputs, on_read),
         "tokenizer": _tokenizer_facts(tokenizer),
         "code": _digest_of_code(),
         "versions": [version(name) for name in ("transformers", "tokenizers")],
@@ -62,6 +70,25 @@ def content_key(inputs: Sequence[Input], tokenizer: PreTrainedTokenizerBase, **s
     if "strftime_now" in str(tokenizer.chat_template):  # the template writes the date into what it renders
         parts["date"] = datetime.date.today().isoformat()
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+
+
+def _digests(inputs: Sequence[Input], on_read: Callable[[int], None] | None) -> list[str]:
+    """What :meth:`Input.digest` gives for each, with a word on how far it is."""
+    found, num_before = [], 0
+    piece = memoryview(bytearray(_HASHED_AT_ONCE))
+    for each in inputs:
+        if each.path is None:
+            found.append(each.digest())
+            continue
+        digest = hashlib.sha256()
+        with each.path.open("rb", buffering=0) as file:
+            while num_read := file.readinto(piece):
+                digest.update(piece[:num_read])
+                num_before += num_read
+                if on_read is not None:
+                    on_read(num_before)
+        found.append(f"{each.path.suffix.lower()}:{digest.hexdigest()}")
+    return found
 
 
 @functools.cache

@@ -30,12 +30,13 @@ class LoadProgress:
     """How far the loading is.
 
     Attributes:
-        num_read: bytes of the files that have been read.
+        num_read: bytes of the files that have been read; from 0 again when they are tokenised after they have been hashed.
         num_bytes: of all files.
         num_tokens: so far.
         seconds: since it began.
         from_cache: nothing had to be tokenised.
         done: this is the last report.
+        hashing: the content is hashed, to see whether its tokens are in the cache.
     """
 
     num_read: int
@@ -44,6 +45,7 @@ class LoadProgress:
     seconds: float
     from_cache: bool = False
     done: bool = False
+    hashing: bool = False
 
 
 OnProgress = Callable[[LoadProgress], None]
@@ -82,7 +84,7 @@ def load_tokens(
     loading = _Loading(inputs, on_progress)
     if cache is None:
         return loading.make(StoreWriter(), tokenizer, max_seq_len, skip_bad)
-    key = content_key(inputs, tokenizer, max_seq_len=max_seq_len, skip_bad=skip_bad)
+    key = content_key(inputs, tokenizer, on_read=loading.on_hashed, max_seq_len=max_seq_len, skip_bad=skip_bad)
     if key is None:
         logger.warning(
             "tokens are kept in memory and not for the next start: the tokenizer is a slow one, without a tokenizer.json"
@@ -175,6 +177,11 @@ class _Loading:
         if self.on_progress is not None:
             seconds = time.perf_counter() - self.start
             self.on_progress(LoadProgress(num_read, self.num_bytes, num_tokens, seconds, from_cache, done))
+
+    def on_hashed(self, num_read: int) -> None:
+        if self.on_progress is not None:
+            seconds = time.perf_counter() - self.start
+            self.on_progress(LoadProgress(num_read, self.num_bytes, 0, seconds, hashing=True))
 
     def _records(self, on_bad: Callable[[ValueError], None] | None) -> Iterator[Record]:
         for each in self.inputs:
