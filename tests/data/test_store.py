@@ -121,8 +121,11 @@ def test_another_type_of_numbers_is_refused(tmp_path):
 @given(st.integers(2, 400), st.floats(0.001, 0.999), st.integers(0, 9))
 @settings(deadline=None, max_examples=60)
 def test_numbers_are_held_out_as_records_are(number, fraction, seed):
-    found = [each.tolist() for each in split_numbers(number, fraction, seed)]
-    assert found == list(map(list, split_held_out(range(number), fraction, seed)))
+    num_held_out = min(max(1, round(number * fraction)), number - 1)
+    held_out = set(random.Random(seed).sample(range(number), num_held_out))
+    expected = [sorted(set(range(number)) - held_out), sorted(held_out)]
+    assert [each.tolist() for each in split_numbers(number, fraction, seed)] == expected
+    assert list(split_held_out(range(number), fraction, seed)) == expected
 
 
 @pytest.mark.parametrize(
