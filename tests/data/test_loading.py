@@ -23,6 +23,7 @@ from lowtide.data.store import StoreWriter, TokenStore
 from lowtide.data.tokens import IGNORED, Example
 from tiny_files import save_tiny_model, write_jsonl
 
+KEY = "0123456789abcdef" * 2
 CHAT = [{"role": "user", "content": "Is it low?"}, {"role": "assistant", "content": "yes"}]
 ROWS = {
     "text": [{"text": f"the tide is low {n}" * (n + 1)} for n in range(5)],
@@ -34,6 +35,11 @@ ROWS = {
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def entries(cache):
+    """What the folder of a cache holds, without the file that says that it is one."""
+    return [path for path in cache.folder.iterdir() if path.name != "CACHEDIR.TAG"]
 
 
 def examples_of(store):
@@ -156,7 +162,7 @@ def test_what_changes_the_tokens_is_in_the_key(tmp_path):
             change(tokenizer)
         file = write_jsonl(tmp_path / name, rows)
         load_tokens(find_inputs(file), tokenizer, max_seq_len, skip_bad=skip_bad, cache=cache)
-        return len(list(cache.folder.iterdir()))
+        return len(entries(cache))
 
     cache = TokenCache(tmp_path / "cache")
     assert kept() == 1
@@ -192,7 +198,7 @@ def test_a_template_with_the_date_is_rendered_anew_tomorrow(tokenizer, tmp_path,
 def test_a_damaged_entry_is_made_anew(tokenizer, tmp_path, caplog):
     inputs, cache = find_inputs(write_jsonl(tmp_path / "d.jsonl", ROWS["text"])), TokenCache(tmp_path / "cache")
     expected = examples_of(load_tokens(inputs, tokenizer, 32, cache=cache))
-    (entry,) = cache.folder.iterdir()
+    (entry,) = entries(cache)
     for damage in (
         lambda: os.truncate(entry / "tokens.bin", 8),
         lambda: (entry / "meta.json").unlink(),
@@ -206,7 +212,7 @@ def test_a_damaged_entry_is_made_anew(tokenizer, tmp_path, caplog):
         caplog.clear()
         assert examples_of(load_tokens(inputs, tokenizer, 32, cache=cache)) == expected
         assert "cannot be used" in caplog.text
-        assert list(cache.folder.iterdir()) == [entry]
+        assert entries(cache) == [entry]
 
 
 def test_two_processes_may_keep_the_same_data_at_once(tokenizer, tmp_path):
@@ -218,15 +224,15 @@ def test_two_processes_may_keep_the_same_data_at_once(tokenizer, tmp_path):
         for number, each in enumerate(expected):
             writer.add(Encoded(number, [each]))
         writer.finish({"n": 1})
-    kept = cache.keep(first, "key")
-    again = cache.keep(second, "key")
+    kept = cache.keep(first, KEY)
+    again = cache.keep(second, KEY)
     assert again.folder == kept.folder and second.exists()  # what was there is used
     (kept.folder / "meta.json").unlink()
-    assert examples_of(cache.keep(third, "key")) == expected  # what was there is damaged
+    assert examples_of(cache.keep(third, KEY)) == expected  # what was there is damaged
     assert examples_of(TokenStore.open(kept.folder)) == expected
     for folder in (first, second, third):
         cache.discard(folder)
-    assert list(cache.folder.iterdir()) == [kept.folder]
+    assert entries(cache) == [kept.folder]
 
 
 def test_a_read_only_cache_is_used(tokenizer, tmp_path, monkeypatch):
@@ -265,7 +271,7 @@ def test_bad_data_leaves_nothing_behind(tokenizer, tmp_path):
     data.write_text('{"text": "a"}\n{broken\n')
     with pytest.raises(ValueError, match=r"d\.jsonl:2"):
         load_tokens(find_inputs(data), tokenizer, 32, cache=cache)
-    assert list(cache.folder.iterdir()) == []
+    assert entries(cache) == []
 
 
 def test_what_was_not_used_for_longest_goes_first(tokenizer, tmp_path):
@@ -273,26 +279,26 @@ def test_what_was_not_used_for_longest_goes_first(tokenizer, tmp_path):
     inputs = [find_inputs(write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n}" * 50}])) for n in range(4)]
 
     def load(number):
-        before = set(cache.folder.iterdir()) if cache.folder.exists() else set()
+        before = set(entries(cache)) if cache.folder.exists() else set()
         load_tokens(inputs[number], tokenizer, 64, cache=cache)
-        return next(iter(set(cache.folder.iterdir()) - before), None)
+        return next(iter(set(entries(cache)) - before), None)
 
-    entries = [load(0), load(1), load(2)]
-    for age, entry in zip((30, 20, 10), entries, strict=True):
+    kept = [load(0), load(1), load(2)]
+    for age, entry in zip((30, 20, 10), kept, strict=True):
         os.utime(entry, (time.time() - age,) * 2)
     load(0)  # used again
-    size = sum(path.stat().st_size for path in entries[0].iterdir())
+    size = sum(path.stat().st_size for path in kept[0].iterdir())
     cache.limit_bytes = round(3.2 * size)
     newest = load(3)
-    assert set(cache.folder.iterdir()) == {entries[0], entries[2], newest}
+    assert set(entries(cache)) == {kept[0], kept[2], newest}
     cache.limit_bytes = 0
     store = load_tokens(find_inputs(write_jsonl(tmp_path / "5.jsonl", [{"text": "five"}])), tokenizer, 64, cache=cache)
-    assert list(cache.folder.iterdir()) == [store.folder]  # the one in use is kept
+    assert entries(cache) == [store.folder]  # the one in use is kept
 
 
 def test_leftovers_of_a_killed_process_are_removed_in_time(tokenizer, tmp_path):
     cache = TokenCache(tmp_path / "cache")
-    old, new = (cache.folder / f".unfinished-{name}" for name in ("old", "new"))
+    old, new = (cache.folder / f".unfinished-{name}_1234" for name in ("old", "new"))
     for path in (old, new):
         (path / "store").mkdir(parents=True)
     (new / "store" / "tokens.bin").write_bytes(b"1234")  # grows still, however old its folder is
@@ -320,7 +326,7 @@ def test_a_full_disk_is_named(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("lowtide.data.store._flush", full)
     with pytest.raises(OSError, match=r"cache.*No space left on device.*data_cache"):
         load_tokens(inputs, tokenizer, 32, cache=cache)
-    assert list(cache.folder.iterdir()) == []
+    assert entries(cache) == []
 
 
 def test_a_disk_that_is_full_from_the_first_byte_on_is_named(tokenizer, tmp_path):
@@ -350,22 +356,30 @@ except OSError as error:
 
 def test_progress_goes_from_nothing_to_all(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("lowtide.data.encoding._RECORDS_PER_CALL", 10)
+    monkeypatch.setattr("lowtide.data.cache._HASHED_AT_ONCE", 4096)
     files = [write_jsonl(tmp_path / f"{n}.jsonl", [{"text": "the tide " * 50}] * 200) for n in (1, 2)]
     cache, reports = TokenCache(tmp_path / "cache"), []
     load_tokens(find_inputs(files), tokenizer, 32, cache=cache, on_progress=reports.append)
     num_bytes = sum(file.stat().st_size for file in files)
     assert {report.num_bytes for report in reports} == {num_bytes}
+    hashed = [report for report in reports if report.hashing]
+    assert reports[: len(hashed)] == hashed  # before anything else
+    assert len(hashed) > num_bytes / 4096
+    read = [report.num_read for report in hashed]
+    assert (read[0], read[-1], read) == (4096, num_bytes, sorted(read))
+    reports = reports[len(hashed) :]
     read = [report.num_read for report in reports]
     assert read == sorted(read)
     assert 0 < read[0] < num_bytes / 4
     assert len(set(read)) >= 6
     assert reports[-1].num_read == num_bytes
     assert [report.done for report in reports] == [False] * (len(reports) - 1) + [True]
-    assert reports[-1].num_tokens == int(TokenStore.open(next(cache.folder.iterdir())).lengths.sum())
+    assert reports[-1].num_tokens == int(TokenStore.open(entries(cache)[0]).lengths.sum())
     assert f"{reports[-1].num_tokens:,} tokens in" in describe(reports[-1], cache)
     reports.clear()
     load_tokens(find_inputs(files), tokenizer, 32, cache=cache, on_progress=reports.append)
-    (report,) = reports
+    assert [each.hashing for each in reports] == [True] * len(hashed) + [False]
+    report = reports[-1]
     assert (report.from_cache, report.done) == (True, True)
     assert "from the cache" in describe(report, cache)
 
@@ -503,7 +517,7 @@ before = resident_bytes()
 store = load_tokens(find_inputs(data), tokenizer, 512, cache=TokenCache(Path(cache)))
 batches = Batches(store.all(), batch_size=8, max_seq_len=512, pad_token_id=0, packing=True, seed=0)
 next(batches.epoch(0))
-print(json.dumps([peak_resident_bytes() - before, len(store), int(store.starts[-1])]))
+print(json.dumps([peak_resident_bytes() - before, len(store), store.num_tokens]))
 """
 
 

@@ -30,19 +30,26 @@ from numpy.typing import NDArray
 
 from ..weights.direct_io import flush_directory
 from .encoding import Encoded, TokenStats
+from .store_files import (
+    COLUMNS,
+    FORMAT,
+    META,
+    PIECE,
+    TOKENS,
+    map_column,
+    marked_numbers,
+    pieces,
+    read_meta,
+    smallest_ints,
+    write_header,
+)
 from .tokens import IGNORED, Example
 
 Ints = NDArray[numpy.integer[Any]]
 
-_TOKENS, _META = "tokens.bin", "meta.json"
-_COLUMNS = {
-    "lengths": numpy.int32,
-    "trained": numpy.int32,
-    "records": numpy.int64,
-    "truncated": numpy.bool_,
-    "dropped": numpy.int32,
-}
 _CODES = {"lengths": "i", "trained": "i", "records": "q", "truncated": "b", "dropped": "i"}
+_STRIDE = 64  # the beginning of every 64th example is kept; it divides PIECE
+_SPILLED = 2**14  # examples or records that a writer keeps in memory
 
 
 class TokenStore:
@@ -50,7 +57,6 @@ class TokenStore:
 
     Attributes:
         tokens: int32, the ids, inverted where they are not trained on.
-        starts: int64 [E + 1], where every example begins in ``tokens``.
         lengths, trained, records, truncated: [E], as above.
         dropped: [R], as above.
         digest: of the examples, the same wherever they are stored.
@@ -66,10 +72,15 @@ class TokenStore:
         info: dict[str, Any],
         folder: Path | None = None,
     ) -> None:
-        self.tokens = tokens
-        self.lengths, self.trained, self.records = columns["lengths"], columns["trained"], columns["records"]
+        # Plain arrays are quicker to take single examples from than mapped ones are.
+        self.tokens, self.lengths = tokens.view(numpy.ndarray), columns["lengths"].view(numpy.ndarray)
+        self.trained, self.records = columns["trained"], columns["records"]
         self.truncated, self.dropped = columns["truncated"], columns["dropped"]
-        self.starts: Ints = numpy.concatenate([[0], numpy.cumsum(self.lengths, dtype=numpy.int64)])
+        sums = [
+            numpy.add.reduceat(piece, numpy.arange(0, len(piece), _STRIDE), dtype=numpy.int64)
+            for piece in pieces(self.lengths)
+        ]
+        self._starts: Ints = numpy.cumsum(numpy.concatenate([[0], *sums]), dtype=numpy.int64)
         self.digest = digest
         self.info = info
         self.folder = folder
@@ -81,18 +92,18 @@ class TokenStore:
         Raises:
             ValueError, OSError: it is not there, or not whole.
         """
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        columns = {name: numpy.load(folder / f"{name}.npy") for name in _COLUMNS}
-        path = folder / _TOKENS
-        if path.stat().st_size != 4 * int(columns["lengths"].sum(dtype=numpy.int64)):
-            raise ValueError(f"{path} is {path.stat().st_size} bytes long, which does not agree with its lengths")
+        meta = read_meta(folder)
+        columns = {name: map_column(folder, name) for name in COLUMNS}
         if len({len(columns[name]) for name in ("lengths", "trained", "records", "truncated")}) != 1:
             raise ValueError(f"{folder}: the columns are not of one length")
-        if len(columns["records"]) and not 0 <= columns["records"].min() <= columns["records"].max() < len(
-            columns["dropped"]
-        ):
+        num_records = len(columns["dropped"])
+        if any(piece.min() < 0 or piece.max() >= num_records for piece in pieces(columns["records"])):
             raise ValueError(f"{folder}: an example of a record that is not there")
-        return cls(numpy.memmap(path, numpy.int32, mode="r"), columns, meta["digest"], meta["info"], folder)
+        path = folder / TOKENS
+        store = cls(numpy.memmap(path, numpy.int32, mode="r"), columns, meta["digest"], meta["info"], folder)
+        if len(store.tokens) != store.num_tokens:
+            raise ValueError(f"{path} is {path.stat().st_size} bytes long, which does not agree with its lengths")
+        return store
 
     @classmethod
     def of_examples(cls, examples: Sequence[Example]) -> TokenStore:
@@ -107,61 +118,93 @@ class TokenStore:
         """R."""
         return len(self.dropped)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all examples."""
+        return int(self._starts[-1])
+
     def __len__(self) -> int:
         """E."""
         return len(self.lengths)
 
+    def span(self, index: int) -> slice:
+        """Where an example lies in ``tokens``."""
+        block = index // _STRIDE
+        before = self.lengths[block * _STRIDE : index].sum(dtype=numpy.int64)
+        start = int(self._starts[block] + before)
+        return slice(start, start + int(self.lengths[index]))
+
     def all(self) -> Selection:
         """Every example."""
-        return Selection(self, numpy.arange(len(self)), numpy.arange(self.num_records))
+        num_dropped = sum(int(piece.sum(dtype=numpy.int64)) for piece in pieces(self.dropped))
+        return Selection(self, None, self.num_records, num_dropped)
 
-    def of_records(self, records: Sequence[int]) -> Selection:
+    def of_records(self, records: Sequence[int] | Ints) -> Selection:
         """The examples of some records, in their order in the store."""
-        chosen = numpy.asarray(records, dtype=numpy.int64)
-        return Selection(self, numpy.flatnonzero(numpy.isin(self.records, chosen)), chosen)
+        numbers = numpy.asarray(records)
+        chosen = numpy.zeros(self.num_records, dtype=numpy.bool_)
+        for piece in pieces(numbers):
+            chosen[piece] = True
+        indices = marked_numbers((chosen[piece] for piece in pieces(self.records)), len(self))
+        num_dropped = sum(int(piece.sum(dtype=numpy.int64)) for piece in pieces(self.dropped, numbers))
+        return Selection(self, indices, len(numbers), num_dropped)
 
 
 class Selection:
     """Some examples of a store.
 
-    Attributes:
+    Args:
         store: the store.
-        indices: [E'] numbers of the examples.
-        records: numbers of the records that they are of; those count, too, of which nothing was left.
+        indices: [E'] numbers of the examples; None for all of them.
+        num_records: that they are of; those count, too, of which nothing was left.
+        num_dropped: examples of these records that were left out.
+
+    Attributes:
+        lengths: int32 [E'], tokens of every example.
+        others: as above.
     """
 
-    def __init__(self, store: TokenStore, indices: Ints, records: Ints) -> None:
-        self.store, self.indices, self.records = store, indices, records
-        self.lengths: Ints = store.lengths[indices]
+    def __init__(self, store: TokenStore, indices: Ints | None, num_records: int, num_dropped: int) -> None:
+        self.store, self.num_records, self.num_dropped = store, num_records, num_dropped
+        if indices is None:
+            self.indices: Ints = numpy.arange(len(store), dtype=smallest_ints(len(store)))
+            self.lengths: Ints = store.lengths
+            return
+        self.indices, self.lengths = indices, numpy.empty(len(indices), numpy.int32)
+        for start, piece in zip(range(0, len(indices), PIECE), pieces(store.lengths, indices), strict=True):
+            self.lengths[start : start + PIECE] = piece
 
     def __len__(self) -> int:
         """E'."""
         return len(self.indices)
 
-    def among(self, numbers: Sequence[int]) -> Selection:
+    def among(self, numbers: Sequence[int] | Ints) -> Selection:
         """Those that have these numbers here. Their records are all of the records."""
-        return Selection(self.store, self.indices[numpy.asarray(numbers, dtype=numpy.int64)], self.records)
+        return Selection(self.store, self.indices[numpy.asarray(numbers)], self.num_records, self.num_dropped)
 
     def tokens(self, number: int) -> Ints:
         """Of example ``number``: ids, inverted where they are not trained on."""
-        index = self.indices[number]
-        return self.store.tokens[self.store.starts[index] : self.store.starts[index + 1]]
+        return self.store.tokens[self.store.span(int(self.indices[number]))]
 
     def stats(self) -> TokenStats:
         """Counts over these examples and records."""
         return TokenStats(
-            num_records=len(self.records),
-            num_tokens=int(self.lengths.sum(dtype=numpy.int64)),
-            num_trained_tokens=int(self.store.trained[self.indices].sum(dtype=numpy.int64)),
-            num_truncated=int(self.store.truncated[self.indices].sum()),
-            num_dropped=int(self.store.dropped[self.records].sum(dtype=numpy.int64)),
+            num_records=self.num_records,
+            num_tokens=sum(int(piece.sum(dtype=numpy.int64)) for piece in pieces(self.lengths)),
+            num_trained_tokens=self._sum(self.store.trained),
+            num_truncated=self._sum(self.store.truncated),
+            num_dropped=self.num_dropped,
         )
 
     def digest(self) -> str:
         """Tells other examples, or another choice or order of them: 16 hexadecimal digits."""
         digest = hashlib.sha256(self.store.digest.encode())
-        digest.update(numpy.ascontiguousarray(self.indices, dtype="<i8").data)
+        for piece in pieces(self.indices):
+            digest.update(numpy.ascontiguousarray(piece, dtype="<i8").data)
         return digest.hexdigest()[:16]
+
+    def _sum(self, column: NDArray[Any]) -> int:
+        return sum(int(piece.sum(dtype=numpy.int64)) for piece in pieces(column, self.indices))
 
 
 class StoreWriter:
@@ -173,69 +216,85 @@ class StoreWriter:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self.num_tokens = 0
-        self.num_examples = 0
+        self.num_tokens = self.num_examples = self.num_records = 0
         self._digest = hashlib.sha256()
-        self._columns = {name: array.array(code) for name, code in _CODES.items()}
+        self._columns = {name: array.array(code) for name, code in _CODES.items()}  # what is not in the files yet
         self._in_memory = bytearray()
-        self._file: BinaryIO | None = None
+        self._files: dict[str, BinaryIO] = {}
         if folder is not None:
             folder.mkdir(parents=True, mode=0o700)
-            self._file = (folder / _TOKENS).open("wb", buffering=2**20)
+            self._files[TOKENS] = (folder / TOKENS).open("wb", buffering=2**20)
+            for name, kind in COLUMNS.items():
+                self._files[name] = (folder / f"{name}.npy").open("wb")
+                write_header(self._files[name], kind, 0)
 
     def add(self, encoded: Encoded) -> None:
-        """Append what one record came to; of a long text, what one piece did."""
+        """Append what one record came to, the next one; of a long text, what one piece did."""
         columns = self._columns
-        if encoded.record == len(columns["dropped"]):
+        if encoded.record == self.num_records:
             columns["dropped"].append(0)
-        columns["dropped"][encoded.record] += encoded.num_dropped
+            self.num_records += 1
+        assert encoded.record == self.num_records - 1
+        columns["dropped"][-1] += encoded.num_dropped
         for example in encoded.examples:
             ids = numpy.array(example.input_ids, dtype=numpy.int32)
             trained = numpy.array(example.labels, dtype=numpy.int32) != IGNORED
             trained[:1] = False  # nothing in its own example precedes a first token
             stored = numpy.where(trained, ids, ~ids).tobytes()
             self._digest.update(stored)
-            if self._file is None:
+            if self.folder is None:
                 self._in_memory += stored
             else:
-                self._file.write(stored)
+                self._files[TOKENS].write(stored)
             columns["lengths"].append(len(ids))
             columns["trained"].append(int(trained.sum()))
             columns["records"].append(encoded.record)
             columns["truncated"].append(encoded.num_truncated > 0)
             self.num_tokens += len(ids)
             self.num_examples += 1
+        if self.folder is not None and max(len(columns["lengths"]), len(columns["dropped"])) >= _SPILLED:
+            self._spill()
 
     def finish(self, info: dict[str, Any] | None = None) -> TokenStore:
         """The store. One on disk is there for good once this returns."""
-        columns: dict[str, NDArray[Any]] = {
-            name: numpy.frombuffer(self._columns[name], dtype=numpy.dtype(self._columns[name].typecode)).astype(kind)
-            if len(self._columns[name])
-            else numpy.zeros(0, kind)
-            for name, kind in _COLUMNS.items()
-        }
-        digest = self._digest.copy()
-        digest.update(columns["lengths"].tobytes())
-        info, found = info or {}, digest.hexdigest()
-        if self.folder is None or self._file is None:
-            return TokenStore(numpy.frombuffer(self._in_memory, dtype=numpy.int32), columns, found, info)
-        _flush(self._file)
-        self._file.close()
-        for name, column in columns.items():
-            with (self.folder / f"{name}.npy").open("wb") as file:
-                numpy.save(file, column)
-                _flush(file)
-        with (self.folder / _META).open("wb") as file:
-            file.write(json.dumps({"digest": found, "info": info}, indent=1).encode())
+        if self.folder is None:
+            columns: dict[str, NDArray[Any]] = {
+                name: numpy.asarray(self._columns[name]).view(kind) for name, kind in COLUMNS.items()
+            }
+            tokens = numpy.frombuffer(self._in_memory, dtype=numpy.int32)
+            return TokenStore(tokens, columns, self._digest_with(columns["lengths"]), info or {})
+        self._spill(num_kept=0)
+        for name, file in self._files.items():
+            if name in COLUMNS:
+                file.seek(0)
+                write_header(file, COLUMNS[name], self.num_records if name == "dropped" else self.num_examples)
+            _flush(file)
+            file.close()
+        found = self._digest_with(map_column(self.folder, "lengths"))
+        with (self.folder / META).open("wb") as file:
+            file.write(json.dumps({"format": FORMAT, "digest": found, "info": info or {}}, indent=1).encode())
             _flush(file)
         flush_directory(self.folder)
         return TokenStore.open(self.folder)
 
     def close(self) -> None:
         """Give up: nothing more is written. What is there stays."""
-        if self._file is not None:
+        for file in self._files.values():
             with contextlib.suppress(OSError):  # the disk is full: that has been told
-                self._file.close()
+                file.close()
+
+    def _spill(self, num_kept: int = 1) -> None:
+        """Write to the files what is in memory, but for the count of the last record, which may grow."""
+        for name, column in self._columns.items():
+            end = len(column) - (num_kept if name == "dropped" else 0)
+            column[:end].tofile(self._files[name])
+            del column[:end]
+
+    def _digest_with(self, lengths: NDArray[Any]) -> str:
+        digest = self._digest.copy()
+        for piece in pieces(lengths):
+            digest.update(piece.data)
+        return digest.hexdigest()
 
 
 def _flush(file: BinaryIO) -> None:

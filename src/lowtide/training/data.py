@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..cache_folder import default_cache_folder
-from ..data import Batches, ChoiceItem, Record, TokenStats, as_records, load_superglue, split_held_out
+from ..data import Batches, ChoiceItem, Record, TokenStats, as_records, load_superglue
 from ..data.cache import TokenCache
+from ..data.held_out import split_numbers
 from ..data.inputs import Input, find_inputs
 from ..data.loading import load_tokens, tokens_of_records
 from ..data.store import Selection, TokenStore
@@ -195,20 +196,19 @@ def _split(config: TrainConfig, store: TokenStore) -> tuple[Selection, Selection
             raise ValueError(
                 f"{first} is too short to hold a part of it out: add data, give eval_data, set eval_fraction to 0 or lower max_seq_len"
             )
-        chosen, held_out = split_held_out(range(len(whole)), config.eval_fraction, config.data_seed)
+        chosen, held_out = split_numbers(len(whole), config.eval_fraction, config.data_seed)
         return whole.among(chosen), whole.among(held_out), whole.stats()
     if num_records < 2:
         raise ValueError(
             f"{first} has a single record, so none can be held out: add data, give eval_data, or set eval_fraction to 0"
         )
     train, evaluated = (
-        store.of_records(records)
-        for records in split_held_out(range(num_records), config.eval_fraction, config.data_seed)
+        store.of_records(records) for records in split_numbers(num_records, config.eval_fraction, config.data_seed)
     )
     for each, what in ((train, "train on"), (evaluated, "evaluate")):
         if not len(each):
             raise ValueError(
-                f"{first}: none of the {len(each.records)} records that were drawn to {what} has a token to train on within "
+                f"{first}: none of the {each.num_records} records that were drawn to {what} has a token to train on within "
                 f"{config.max_seq_len} tokens; raise --max-seq-len, add data or give eval_data"
             )
     return train, evaluated, train.stats()

@@ -31,6 +31,7 @@ class DataProgress:
         self.shown = shown
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._hashing = False  # what the bar is about
         self._last = 0.0
 
     def __call__(self, progress: LoadProgress) -> None:
@@ -44,7 +45,7 @@ class DataProgress:
             self._advance(progress)
         elif progress.seconds - self._last >= _SHOWN_EVERY_S:
             self._last = progress.seconds
-            self._say(f"data: {_line(progress)}")
+            self._say(f"data: {_doing(progress)} {_line(progress)}" if progress.hashing else f"data: {_line(progress)}")
 
     def __enter__(self) -> Self:
         return self
@@ -55,8 +56,15 @@ class DataProgress:
         self._close()
 
     def _advance(self, progress: LoadProgress) -> None:
+        if self._hashing != progress.hashing:
+            self._close()
         if self._bar is None:
-            columns = (TextColumn("reading the data"), BarColumn(bar_width=20), TextColumn("{task.fields[line]}"))
+            self._hashing = progress.hashing
+            columns = (
+                TextColumn(f"{_doing(progress)} the data"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[line]}"),
+            )
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
             self._task = self._bar.add_task("data", total=progress.num_bytes or None, line="")
             self._bar.start()
@@ -72,8 +80,13 @@ class DataProgress:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _doing(progress: LoadProgress) -> str:
+    return "hashing" if progress.hashing else "reading"
+
+
 def _line(progress: LoadProgress) -> str:
     if not progress.num_bytes:
         return f"{progress.num_tokens:,} tokens"
     speed = format_bytes(round(progress.num_read / progress.seconds))
-    return f"{format_bytes(progress.num_read)} of {format_bytes(progress.num_bytes)}, {speed}/s, {progress.num_tokens:,} tokens"
+    done = f"{format_bytes(progress.num_read)} of {format_bytes(progress.num_bytes)}, {speed}/s"
+    return done if progress.hashing else f"{done}, {progress.num_tokens:,} tokens"
