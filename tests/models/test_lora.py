@@ -253,6 +253,12 @@ def test_saving_does_not_need_the_hub(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_saving_leaves_a_readme_as_it_is(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"My notes.\r\n")
+    with_adapters().save(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"My notes.\r\n"
+
+
 @pytest.mark.parametrize(
     ("family", "targets", "adapted"),
     [

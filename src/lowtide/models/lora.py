@@ -62,7 +62,7 @@ class Adapters:
         return [param for param in self.model.parameters() if param.requires_grad and id(param) not in added]
 
     def save(self, directory: Path, base_model: str = "") -> None:
-        """Write the adapters as peft does: ``adapter_model.safetensors`` and ``adapter_config.json``.
+        """Write the adapters as peft does: ``adapter_model.safetensors`` and ``adapter_config.json``. A README.md stays as it is.
 
         Args:
             directory: it is made if need be.
@@ -73,8 +73,13 @@ class Adapters:
             OSError: the disk is full or failed.
         """
         self.peft_model.peft_config[_ADAPTER].base_model_name_or_path = base_model
+        readme = directory / "README.md"
+        own = readme.read_bytes() if readme.is_file() else None
         self.peft_model.save_pretrained(directory, save_embedding_layers=False)
-        (directory / "README.md").unlink(missing_ok=True)  # peft's form for a model card, which nobody has filled in
+        if own is None:
+            readme.unlink(missing_ok=True)  # peft's form for a model card, which nobody has filled in
+        else:
+            readme.write_bytes(own)  # peft would have put its form into it
 
     def load(self, directory: Path) -> None:
         """Put the values back that :meth:`save` wrote.

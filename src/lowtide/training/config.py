@@ -147,7 +147,7 @@ class TrainConfig:
     )
     data_cache_size: str = _option(
         MODEL_AND_DATA,
-        "what is used longest ago is removed from that directory when it grows over this size",
+        "when the tokens kept in that directory take more than this, those used longest ago are removed; nothing else in it is touched",
         metavar="SIZE",
         default="20GiB",
     )
