@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GptOssConfig
 
 from lowtide.cli.scores_file import ScoresFile
 from superglue_files import OFFICIAL, write_rte
@@ -298,3 +299,41 @@ def test_without_the_harness(lowtide, model_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     result = lowtide("eval", "--model", model_dir, "--lm-eval", "letters")
     assert result.code == 2 and "pip install 'lowtide[eval]'" in result.err[-1]
+
+
+def test_texts_that_a_model_would_mix_get_a_row_each(lowtide, model_dir, tmp_path):
+    from lowtide.data import Batches, encode_records, read_records
+    from lowtide.evaluation import evaluate_loss
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    config = GptOssConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=16, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    folder = tmp_path / "mixing"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": "the tide is low " * n} for n in (1, 2, 1, 3)])
+    result = lowtide("eval", "--model", folder, "--data", data, "--dtype", "float32")
+    examples, _ = encode_records(read_records(data), tokenizer, 512)
+    batches = Batches(examples, batch_size=1, max_seq_len=512, pad_token_id=0, packing=False, seed=0)
+    assert f"loss {evaluate_loss(model, batches.epoch(0)).loss:.4f}" in result.out
+
+
+def test_texts_longer_than_learned_positions_are_refused(lowtide, model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    folder = tmp_path / "short"
+    AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_head=4, n_layer=1, n_positions=32)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": "the tide is low " * 9}])
+    arguments = ["eval", "--model", folder, "--data", data, "--dtype", "float32"]
+    result = lowtide(*arguments)
+    assert result.code == 2
+    assert (
+        "longer than the context of the model, 32 tokens" in result.err[-1] and "--max-seq-len to 32" in result.err[-1]
+    )
+    assert lowtide(*arguments, "--max-seq-len", 32).code == 0

@@ -1,10 +1,11 @@
+import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowtide.evaluation import ChoiceItem, choice_accuracy, choice_log_likelihoods
 from lowtide.evaluation import choices as choices_module
@@ -116,6 +117,40 @@ def test_probabilities_computed_by_hand(letters, normalize, count_end, probabili
     likeliest = probabilities.index(max(probabilities))
     result = choice_accuracy(Bigrams(), letters, [item], normalize=normalize, count_end=count_end)
     assert (result.predictions, result.accuracy) == ([likeliest], float(likeliest == 1))
+
+
+def test_prompts_beyond_the_context_lose_their_beginning(tokenizer, caplog):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_head=4, n_layer=2, n_positions=12, initializer_range=0.5
+    )
+    model = GPT2LMHeadModel(config).eval()
+    short = ChoiceItem("is low", [" yes", " no"], 0)
+    for choices in ([" yes", " no"], [" yes no", " idea"]):
+        item = ChoiceItem("a sea " * 9 + "is low", choices, 0)
+        (found,) = choice_log_likelihoods(model, tokenizer, [item])
+        for choice, value in zip(choices, found, strict=True):
+            prompt, answer = tokenizer(item.prompt).input_ids, tokenizer(choice).input_ids
+            row = (prompt + answer)[-12 - 1 :]  # the last one is predicted, and not given
+            with torch.no_grad():
+                logits = model(torch.tensor([row[:-1]])).logits[0].double().log_softmax(-1)
+            expected = sum(logits[index - len(answer), token].item() for index, token in enumerate(answer))
+            assert value == pytest.approx(expected, abs=1e-4)
+    assert "2 of 2 prompts with a choice are longer than the context of the model, 12 tokens" in caplog.text
+    caplog.clear()
+    choice_log_likelihoods(model, tokenizer, [short])
+    assert not caplog.text
+    with pytest.raises(ValueError, match=r"item 0.*a choice of \d+ tokens, and the context of the model has 12"):
+        choice_log_likelihoods(model, tokenizer, [ChoiceItem("a", ["sea " * 20], 0)])
+
+
+def test_the_token_that_begins_a_sequence_stays(tokenizer):
+    """Rows as they are made: the prompt without its middle."""
+    begins = copy.deepcopy(tokenizer)
+    begins.bos_token = "<end>"
+    rows = choices_module._rows([ChoiceItem("<end>" + "sea " * 9, [" yes"], 0)], begins, False, 8)
+    assert rows[0].input_ids[0] == tokenizer.eos_token_id
+    assert len(rows[0].input_ids) == 8 and rows[0].first_position == 7
 
 
 def test_accuracy_counts_the_items_whose_likeliest_choice_is_right(model, tokenizer):

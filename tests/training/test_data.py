@@ -6,6 +6,7 @@ from transformers import AutoTokenizer
 from lowtide.data import encode_records, read_records, split_held_out
 from lowtide.data.cache import TokenCache
 from lowtide.training.data import find_data, load_data, token_cache
+from superglue_files import write_rte
 from tiny_files import write_jsonl
 
 
@@ -50,6 +51,33 @@ def test_what_is_held_out_follows_the_data_seed_alone(make_config, tokenizer, tm
             return [list(found.example(number)[0]) for number in range(found.num_examples)]
 
         assert held_out(0, 0) == held_out(1, 0) != held_out(0, 1)
+
+
+def test_prompts_that_are_too_long_keep_their_answer_if_asked_to(make_config, tokenizer, tmp_path):
+    data = write_jsonl(
+        tmp_path / "d.jsonl", [{"prompt": "p" * 40, "completion": "y"}, {"prompt": "x", "completion": "y"}] * 3
+    )
+    counts = {}
+    for truncation in ("end", "start", "end", "start"):  # the cache of one is not that of the other
+        config = make_config(
+            data=[str(data)], max_seq_len=16, truncation=truncation, eval_fraction=0, data_cache=str(tmp_path)
+        )
+        found = load_data(config, tokenizer)
+        counts.setdefault(truncation, []).append(
+            (found.train.num_examples, found.stats.num_truncated, found.stats.num_dropped)
+        )
+    assert counts == {"end": [(3, 0, 3)] * 2, "start": [(6, 3, 0)] * 2}
+
+
+def test_no_prompt_of_a_task_costs_its_answer(make_config, tokenizer, tmp_path):
+    folder = write_rte(tmp_path / "SuperGLUE")
+    config = make_config(task="superglue/rte", data=[str(folder)], max_seq_len=16)
+    data = load_data(config, tokenizer)
+    assert data.stats.num_dropped == 0
+    assert data.stats.num_truncated == data.train.num_examples > 0
+    ids, trained = data.train.example(0)
+    assert len(ids) == 16
+    assert tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t]) in (" Yes<|end|>", " No<|end|>")
 
 
 def test_a_single_record_cannot_be_held_out(make_config, tokenizer, tmp_path):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..training.config import BAD_RECORDS, TrainConfig
+from ..training.config import BAD_RECORDS, TRUNCATIONS, TrainConfig
 from .quantities import at_least
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens in a sequence at most (default: {TrainConfig.max_seq_len})",
     )
     parser.add_argument(
+        "--truncation", choices=TRUNCATIONS, default=TrainConfig.truncation, help="as in lowtide train (default: end)"
+    )
+    parser.add_argument(
         "--batch-size",
         type=at_least(1),
         default=TrainConfig.batch_size,
@@ -85,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         output="",
         eval_fraction=0.0,
         max_seq_len=args.max_seq_len,
+        truncation=args.truncation,
         batch_size=args.batch_size,
         packing=args.packing,
         bad_records=args.bad_records,
@@ -113,7 +117,7 @@ def _shown(
         if not left:
             return
         try:
-            examples, _ = encode_records([record], tokenizer, args.max_seq_len)
+            examples, _ = encode_records([record], tokenizer, args.max_seq_len, truncation=args.truncation)
         except ValueError:  # it has nothing to train on within this length; encoding the whole raised nothing
             continue
         for example in examples[:left]:

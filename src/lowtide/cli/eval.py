@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.config import BAD_RECORDS, DTYPES
+from ..training.config import BAD_RECORDS, DTYPES, TRUNCATIONS
 from .arguments import UsageError, positive_int, whole_number
 from .scores_file import ScoresFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..data import TaskData
+    from ..data import Batches, TaskData
 
 _EPILOG = """\
 examples:
@@ -101,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|none",
         help="where tokens of --data are kept, as in lowtide train (default: in the user's cache directory)",
     )
+    parser.add_argument("--truncation", choices=TRUNCATIONS, help="of --data, as in lowtide train (default: end)")
     parser.add_argument("--bad-records", choices=BAD_RECORDS, help="of --data, as in lowtide train (default: refuse)")
     parser.add_argument(
         "--chat-template", metavar="FILE", help="for --data, as in lowtide train (default: the one of the model)"
@@ -146,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     for name, data in tasks.items():
         output.add(name, _score_task(args, model, tokenizer, name, data))
     if batches is not None:
-        output.add("text", _score_text(model, batches))
+        output.add("text", _score_text(model, tokenizer, batches))
     found: dict[str, Any] = {}
     # One by one, so that a task whose data cannot be had takes no other's score with it.
     for name in args.lm_eval or ():
@@ -176,7 +178,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is for --task")
     if args.limit is not None and not (args.task or args.lm_eval):
         raise UsageError("--limit is for --task and --lm-eval")
-    for name in ("bad_records", "chat_template"):
+    for name in ("truncation", "bad_records", "chat_template"):
         if getattr(args, name) is not None and (args.task or not args.data):
             raise UsageError(f"--{name.replace('_', '-')} is for --data without --task")
     for name in ("lm_eval_include", "num_fewshot", "apply_chat_template"):
@@ -245,7 +247,7 @@ def _score_task(
     }  # fmt: skip
 
 
-def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Batches:
     from ..cache_folder import default_cache_folder
     from ..data import Batches
     from ..data.cache import TokenCache
@@ -256,11 +258,14 @@ def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
     cache = None
     if args.data_cache != "none":
-        cache = TokenCache(default_cache_folder() if args.data_cache is None else Path(args.data_cache).expanduser())
+        folder = default_cache_folder() if args.data_cache is None else Path(args.data_cache).expanduser()
+        cache = TokenCache(folder, sys.maxsize)  # how large it may be is for training to say
     if args.chat_template is not None:
         set_chat_template(tokenizer, args.chat_template)
     inputs, skip_bad = find_inputs(args.data, held_out=True), args.bad_records == "skip"
-    store = load_tokens(inputs, tokenizer, args.max_seq_len, skip_bad=skip_bad, cache=cache)
+    store = load_tokens(
+        inputs, tokenizer, args.max_seq_len, skip_bad=skip_bad, truncation=args.truncation or "end", cache=cache
+    )
     tell_skipped(store)
     stats = store.all().stats()
     print(f"{stats.num_records} records, {stats.num_trained_tokens} tokens that count", flush=True)
@@ -271,11 +276,17 @@ def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     )  # fmt: skip
 
 
-def _score_text(model: PreTrainedModel, batches: Any) -> dict[str, Any]:
-    from ..evaluation import evaluate_loss
+def _score_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Batches) -> dict[str, Any]:
+    from ..evaluation import evaluate_loss, keeps_documents_apart, ordinary_tokens
+    from ..models.context import check_context
     from ..training.setup import without_cache
 
+    check_context(model, batches.row_length, "set --max-seq-len to {limit}")
     with without_cache(model):
+        if batches.shares_rows:
+            tokens = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
+            if len(tokens) > 1 and not keeps_documents_apart(model, tokens):
+                batches = batches.padded()  # one text a row, or they would see each other
         found = evaluate_loss(model, batches.epoch(0))
     print(f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f} ({found.num_tokens} tokens)", flush=True)
     return {"loss": found.loss, "perplexity": found.perplexity, "num_tokens": found.num_tokens}

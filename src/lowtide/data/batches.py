@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-import random
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -24,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .held_out import split_numbers
 from .store import Ints, Selection, TokenStore
 from .tokens import IGNORED, Example
 
@@ -238,14 +238,8 @@ def split_held_out(records: Sequence[T], fraction: float, seed: int) -> tuple[li
     Raises:
         ValueError: ``fraction`` is not strictly between 0 and 1, or there are fewer than two records.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
-    if len(records) < 2:
-        raise ValueError(f"cannot hold out part of {len(records)} record(s): at least two are needed; add data")
-    num_held_out = min(max(1, round(len(records) * fraction)), len(records) - 1)
-    held_out = set(random.Random(seed).sample(range(len(records)), num_held_out))
-    train = [record for index, record in enumerate(records) if index not in held_out]
-    return train, [records[index] for index in sorted(held_out)]
+    train, held_out = split_numbers(len(records), fraction, seed)
+    return [records[index] for index in train], [records[index] for index in held_out]
 
 
 def _check(chosen: Selection, batch_size: int, pad_token_id: int) -> None:

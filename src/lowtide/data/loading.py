@@ -58,6 +58,7 @@ def load_tokens(
     max_seq_len: int,
     *,
     skip_bad: bool = False,
+    truncation: str = "end",
     cache: TokenCache | None = None,
     on_progress: OnProgress | None = None,
 ) -> TokenStore:
@@ -72,6 +73,7 @@ def load_tokens(
         tokenizer: what encodes it.
         max_seq_len: tokens of an example at most.
         skip_bad: leave out records that cannot be used, and say so, instead of refusing the file.
+        truncation: where prompts with completions and conversations are cut, as in :class:`Encoder`.
         cache: where the store is looked up and kept; None for a store in memory.
         on_progress: told now and then.
 
@@ -80,17 +82,17 @@ def load_tokens(
         ValueError: as :func:`read_records` and :func:`encode_records`.
         OSError: the disk of the cache is full.
     """
-    if max_seq_len < 2:
-        Encoder(tokenizer, max_seq_len)  # refuses it
+    encoder = Encoder(tokenizer, max_seq_len, truncation=truncation)
     loading = _Loading(inputs, on_progress)
     if cache is None:
-        return loading.make(StoreWriter(), tokenizer, max_seq_len, skip_bad)
-    key = content_key(inputs, tokenizer, on_read=loading.on_hashed, max_seq_len=max_seq_len, skip_bad=skip_bad)
+        return loading.make(StoreWriter(), encoder, skip_bad)
+    settings = {"max_seq_len": max_seq_len, "skip_bad": skip_bad, "truncation": truncation}
+    key = content_key(inputs, tokenizer, on_read=loading.on_hashed, **settings)
     if key is None:
         logger.warning(
             "tokens are kept in memory and not for the next start: the tokenizer is a slow one, without a tokenizer.json"
         )
-        return loading.make(StoreWriter(), tokenizer, max_seq_len, skip_bad)
+        return loading.make(StoreWriter(), encoder, skip_bad)
     found = cache.find(key)
     if found is not None:
         loading.tell_again(found)
@@ -102,9 +104,9 @@ def load_tokens(
         logger.warning(
             "tokens are kept in memory and not for the next start: %s cannot be written (%s)", cache.folder, error
         )
-        return loading.make(StoreWriter(), tokenizer, max_seq_len, skip_bad)
+        return loading.make(StoreWriter(), encoder, skip_bad)
     try:
-        loading.make(StoreWriter(folder), tokenizer, max_seq_len, skip_bad)
+        loading.make(StoreWriter(folder), encoder, skip_bad)
         return cache.keep(folder, key)
     finally:
         cache.discard(folder)
@@ -122,17 +124,14 @@ class _Loading:
         self.num_read = self.num_before = 0
         self.first = ""
 
-    def make(
-        self, writer: StoreWriter, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, skip_bad: bool
-    ) -> TokenStore:
+    def make(self, writer: StoreWriter, encoder: Encoder, skip_bad: bool) -> TokenStore:
         """Read and tokenise into the writer."""
-        encoder = Encoder(tokenizer, max_seq_len)
         warnings = _Warnings()
         package = logging.getLogger(__package__)
         package.addHandler(warnings)
         try:
             for encoded in encoder.encode(
-                self._records(self._on_bad if skip_bad else _refuse, make_renderer(tokenizer))
+                self._records(self._on_bad if skip_bad else _refuse, make_renderer(encoder.tokenizer))
             ):
                 writer.add(encoded)
                 self.report(self.num_read, writer.num_tokens)

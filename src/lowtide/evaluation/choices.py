@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ChoiceItem, Record, encode_records
+from ..log import get_logger
+from ..models.context import context_length
 from ..optim.shards import compute_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_logger = get_logger(__name__)
 
 NORMALIZATIONS = ("sum", "per_token")
 
@@ -111,7 +115,8 @@ def choice_log_likelihoods(
 ) -> list[list[float]]:
     """The log-likelihood, in nats, of every choice of every item given its prompt.
 
-    No gradients, in evaluation mode, and the model's mode restored afterwards.
+    No gradients, in evaluation mode, and the model's mode restored afterwards. Of a prompt that is longer than the model's context
+    (``max_position_embeddings``) the end is used, behind the token that begins a sequence.
 
     Args:
         model: a Hugging Face causal language model, or any module that returns ``logits`` [B, S, V].
@@ -144,7 +149,8 @@ def _sums(
     """(summed log-likelihood, number of tokens) of every choice of every item."""
     if not items or not all(item.choices for item in items):
         raise ValueError("nothing to score: there must be items, and every item must have choices")
-    rows = _rows(items, tokenizer, count_end)
+    config = getattr(model, "config", None)
+    rows = _rows(items, tokenizer, count_end, None if config is None else context_length(config))
     flat = [(0.0, 1)] * sum(len(item.choices) for item in items)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any token will do
     was_training = model.training
@@ -160,8 +166,10 @@ def _sums(
     return [[next(scores) for _ in item.choices] for item in items]
 
 
-def _rows(items: Sequence[ChoiceItem], tokenizer: PreTrainedTokenizerBase, count_end: bool) -> list[_Row]:
-    """Rows of tokens, each once: choices of one token each share the row that is their prompt."""
+def _rows(
+    items: Sequence[ChoiceItem], tokenizer: PreTrainedTokenizerBase, count_end: bool, limit: int | None
+) -> list[_Row]:
+    """Rows of tokens, each once: choices of one token each share the row that is their prompt. None is longer than ``limit``."""
     for index, item in enumerate(items):
         if not item.prompt:
             raise ValueError(f"item {index}: the prompt is empty, so nothing predicts the first token of a choice")
@@ -172,15 +180,32 @@ def _rows(items: Sequence[ChoiceItem], tokenizer: PreTrainedTokenizerBase, count
     ]
     examples, _ = encode_records(records, tokenizer, _NO_LIMIT)
     rows: dict[tuple[int, ...], _Row] = {}
-    for choice, example in enumerate(examples):
+    num_cut = 0
+    for choice, (record, example) in enumerate(zip(records, examples, strict=True)):
         num_prompt = next(i for i, label in enumerate(example.labels) if label != -100)
         answer = example.input_ids[num_prompt:]
         if not count_end and len(answer) > 1:
             answer = answer[:-1]
         # What the last token is need not go in: nothing is predicted after it.
         row_ids = example.input_ids[: num_prompt + len(answer) - 1]
+        if limit is not None and len(row_ids) > limit:
+            if len(answer) >= limit:
+                raise ValueError(
+                    f"{record.where}: a choice of {len(answer)} tokens, and the context of the model has {limit}"
+                )
+            begin = row_ids[:1] if row_ids[0] == tokenizer.bos_token_id else []
+            num_prompt -= len(row_ids) - limit
+            row_ids = begin + row_ids[len(begin) - limit :]
+            num_cut += 1
         row = rows.setdefault(tuple(row_ids), _Row(row_ids, []))
         row.wanted.append((choice, num_prompt - 1, answer))
+    if num_cut:
+        _logger.warning(
+            "%d of %d prompts with a choice are longer than the context of the model, %d tokens: they lose their beginning",
+            num_cut,
+            len(examples),
+            limit,
+        )
     return list(rows.values())
 
 

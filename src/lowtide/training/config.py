@@ -16,6 +16,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 ROUNDINGS = ("stochastic", "compensated", "nearest")
 CLIPS = ("exact", "adaptive")
 BAD_RECORDS = ("refuse", "skip")
+TRUNCATIONS = ("end", "start")
 ON_SAVE_ERROR = ("continue", "stop")
 ON_BAD_STEPS = ("stop", "rollback")
 REDUCE_DTYPES = ("float32", "weights")
@@ -131,6 +132,12 @@ class TrainConfig:
     )
     max_seq_len: int = _option(
         MODEL_AND_DATA, "tokens in a sequence at most; what is longer is cut into several or truncated", default=512
+    )
+    truncation: str = _option(
+        MODEL_AND_DATA,
+        "where prompts with completions and conversations that are too long are cut: at their end, which may cost the answer, or at their start",
+        TRUNCATIONS,
+        default="end",
     )
     packing: bool | None = _option(
         MODEL_AND_DATA,

@@ -20,6 +20,7 @@ from .config import (
     ROUNDINGS,
     SCHEDULES,
     TRACKERS,
+    TRUNCATIONS,
     TrainConfig,
 )
 
@@ -104,6 +105,7 @@ def _check_choices(config: TrainConfig) -> None:
         ("dtype", DTYPES),
         ("clip", CLIPS),
         ("bad_records", BAD_RECORDS),
+        ("truncation", TRUNCATIONS),
         ("on_save_error", ON_SAVE_ERROR),
         ("on_bad_steps", ON_BAD_STEPS),
         ("reduce_dtype", REDUCE_DTYPES),

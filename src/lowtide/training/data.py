@@ -153,7 +153,7 @@ def batches_of_records(config: TrainConfig, records: Sequence[Record], tokenizer
     Raises:
         ValueError: as :func:`encode_records`.
     """
-    store = tokens_of_records(records, tokenizer, config.max_seq_len)
+    store = tokens_of_records(records, tokenizer, config.max_seq_len, truncation=config.truncation)
     found = _batches(config, tokenizer, store.all(), store.all(), only_text=store.info["only_text"]).held_out
     assert found is not None
     return found
@@ -169,6 +169,7 @@ def _load(
             tokenizer,
             config.max_seq_len,
             skip_bad=config.bad_records == "skip",
+            truncation=config.truncation,
             cache=cache,
             on_progress=progress,
         )
