@@ -48,7 +48,7 @@ class Ranks:
 
     def all(self, flag: bool) -> bool:
         """Whether it is true on every rank."""
-        return self.size == 1 or self.sum([0.0 if flag else 1.0])[0] == 0.0
+        return self.sum([0.0 if flag else 1.0])[0] == 0.0
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on any rank."""

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GptOss
 
 from lowtide.cli.scores_file import ScoresFile
 from superglue_files import OFFICIAL, write_rte
-from tiny_files import save_tiny_model, write_jsonl
+from tiny_files import CHAT_TEMPLATE, save_tiny_model, write_jsonl
 
 
 @pytest.fixture
@@ -337,3 +337,35 @@ def test_texts_longer_than_learned_positions_are_refused(lowtide, model_dir, tmp
         "longer than the context of the model, 32 tokens" in result.err[-1] and "--max-seq-len to 32" in result.err[-1]
     )
     assert lowtide(*arguments, "--max-seq-len", 32).code == 0
+
+
+def test_short_texts_need_no_long_context(lowtide, model_dir, tmp_path):
+    """Rows of 512 tokens, in which no document is longer than the model's 32 positions."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    folder = tmp_path / "short"
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_head=4, n_layer=1, n_positions=32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": "the tide is low"}] * 4)
+    result = lowtide("eval", "--model", folder, "--data", data, "--dtype", "float32")
+    assert (result.code, result.err) == (0, [])
+
+
+def test_the_scores_of_data_say_how_they_were_made(lowtide, model_dir, tmp_path):
+    data, template, path = tmp_path / "d.jsonl", tmp_path / "t.jinja", tmp_path / "scores.json"
+    write_jsonl(data, [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    template.write_text(CHAT_TEMPLATE)
+    arguments = ["--data", data, "--max-seq-len", 64, "--truncation", "start", "--chat-template", template]
+    result = lowtide("eval", "--model", model_dir, *arguments, "--dtype", "float32", "--output", path)
+    assert (result.code, result.err) == (0, [])
+    written = json.loads(path.read_text())
+    assert (written["data"], written["max_seq_len"], written["truncation"]) == ([str(data)], 64, "start")
+    assert (written["bad_records"], written["chat_template"]) == ("refuse", str(template))
+
+
+def test_a_chat_template_is_for_records_and_for_the_harness(lowtide, model_dir, superglue):
+    arguments = ["eval", "--model", model_dir, "--chat-template", "t.jinja"]
+    result = lowtide(*arguments, "--task", "superglue/rte", "--data", superglue)
+    assert result.code == 2 and "--chat-template is for --data without --task" in result.err[-1]
+    result = lowtide(*arguments, "--task", "superglue/rte", "--data", superglue, "--lm-eval", "arc_easy")
+    assert result.code == 2 and "and for --apply-chat-template" in result.err[-1]

@@ -1,9 +1,11 @@
 """The token cache: it hashes what it is asked for, and deletes what it has written itself and nothing else."""
 
+import hashlib
 import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -187,11 +189,15 @@ def test_a_folder_that_it_makes_is_marked_as_a_cache(tmp_path):
 
 
 def test_files_are_hashed_whole_and_it_is_told_how_far(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "_HASHED_AT_ONCE", 1000)
+    monkeypatch.setattr("lowtide.data.inputs._HASHED_AT_ONCE", 1000)
     for name, size in (("a.txt", 2500), ("b.JSONL", 1000), ("c.txt", 0)):
         (tmp_path / name).write_bytes(os.urandom(size))
     inputs = [*find_inputs(tmp_path), Input("org/name")]
     inputs[-1].rows = [{"text": "a"}]  # of a data set of the hub
     told = []
-    assert cache_module._digests(inputs, told.append) == [each.digest() for each in inputs]
+    found = cache_module._digests(inputs, told.append)
+    for digest, name in zip(found, ("a.txt", "b.JSONL", "c.txt"), strict=False):
+        content = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        assert digest == f"{Path(name).suffix.lower()}:{content}"
+    assert found == [each.digest() for each in inputs]
     assert told == [1000, 2000, 2500, 3500]

@@ -356,7 +356,7 @@ except OSError as error:
 
 def test_progress_goes_from_nothing_to_all(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("lowtide.data.encoding._RECORDS_PER_CALL", 10)
-    monkeypatch.setattr("lowtide.data.cache._HASHED_AT_ONCE", 4096)
+    monkeypatch.setattr("lowtide.data.inputs._HASHED_AT_ONCE", 4096)
     files = [write_jsonl(tmp_path / f"{n}.jsonl", [{"text": "the tide " * 50}] * 200) for n in (1, 2)]
     cache, reports = TokenCache(tmp_path / "cache"), []
     load_tokens(find_inputs(files), tokenizer, 32, cache=cache, on_progress=reports.append)

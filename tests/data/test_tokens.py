@@ -339,7 +339,7 @@ def test_texts_are_split_whatever_the_truncation(tokenizer):
 
 
 def test_there_are_two_ways_to_truncate(tokenizer):
-    with pytest.raises(ValueError, match="truncation must be one of end, start, got 'middle'"):
+    with pytest.raises(ValueError, match="truncation must be end or start, got 'middle'"):
         encode([pair("a", "b")], tokenizer, truncation="middle")
 
 

@@ -101,6 +101,13 @@ def test_positions_that_do_not_begin_again_are_found():
     assert not keeps_documents_apart(model, range(1, 64))
 
 
+def test_nothing_is_said_of_a_model_that_is_broken():
+    model = make("LlamaConfig")
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan
+    assert keeps_documents_apart(model, range(1, 64))
+
+
 def test_one_token_is_not_enough():
     with pytest.raises(ValueError, match="at least two different tokens"):
         keeps_documents_apart(make("LlamaConfig"), [3, 3])

@@ -144,6 +144,18 @@ def test_prompts_beyond_the_context_lose_their_beginning(tokenizer, caplog):
         choice_log_likelihoods(model, tokenizer, [ChoiceItem("a", ["sea " * 20], 0)])
 
 
+def test_a_config_need_not_be_of_transformers(model, tokenizer):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = model, SimpleNamespace(size=3)
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    assert choice_log_likelihoods(Plain(), tokenizer, ITEMS) == choice_log_likelihoods(model, tokenizer, ITEMS)
+
+
 def test_the_token_that_begins_a_sequence_stays(tokenizer):
     """Rows as they are made: the prompt without its middle."""
     begins = copy.deepcopy(tokenizer)

@@ -131,6 +131,34 @@ def test_nan_in_one_late_layer_leaves_every_weight_alone(clip_memory_bytes):
     assert not engine.step_skipped and not same_weights(before, model)
 
 
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 1.0}], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_not_followed_back(bad, options, caplog):
+    """Nothing is computed: no layer is asked for its gradient."""
+    model = tiny_model()
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.1)
+    engine = lowtide.fuse(model, optimizer, **options)
+    before, reached = Snapshot(model), []
+    hidden = model.model.norm.register_full_backward_hook(lambda *_: reached.append(1))
+    engine.backward(model(**tiny_batch()).loss * bad)
+    optimizer.step()
+    assert engine.step_skipped and engine.num_skipped_steps == 1 and math.isnan(engine.grad_norm)
+    assert not reached and same_weights(before, model)
+    assert f"the loss is {bad}" in caplog.text
+    hidden.remove()
+
+
+def test_a_bare_backward_stops_at_a_loss_that_is_not_finite(caplog):
+    model = tiny_model()
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.1)
+    engine = lowtide.fuse(model, optimizer)
+    before = Snapshot(model)
+    (model(**tiny_batch()).loss * math.nan).backward()
+    optimizer.step()
+    assert engine.step_skipped and not engine.step_partial and same_weights(before, model)
+    assert "the gradient of the loss is not finite" in caplog.text
+
+
 @pytest.mark.parametrize("clip", ["exact", "adaptive"])
 def test_gradients_are_not_looked_at_one_by_one_on_an_accelerator(clip):
     """The same on the path that a GPU takes: a flag on the device turns what follows into nothing."""

@@ -253,10 +253,19 @@ def test_saving_does_not_need_the_hub(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_saving_leaves_a_readme_as_it_is(tmp_path):
-    (tmp_path / "README.md").write_bytes(b"My notes.\r\n")
-    with_adapters().save(tmp_path)
-    assert (tmp_path / "README.md").read_bytes() == b"My notes.\r\n"
+@pytest.mark.parametrize("fails", [False, True])
+def test_saving_leaves_a_readme_as_it_is(tmp_path, monkeypatch, fails):
+    notes = "My notes, \xfcber alles.\r\n".encode("latin-1")
+    (tmp_path / "README.md").write_bytes(notes)
+    adapters = with_adapters()
+    if fails:
+        monkeypatch.setattr("peft.peft_model.safe_save_file", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            adapters.save(tmp_path)
+    else:
+        adapters.save(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == notes
+    assert "create_or_update_model_card" not in vars(adapters.peft_model)
 
 
 @pytest.mark.parametrize(

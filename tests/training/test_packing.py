@@ -1,6 +1,7 @@
 """Packing with models that keep documents apart, and with such that do not; rows that are longer than a model's context."""
 
 import logging
+import signal
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_asking_leaves_no_trace(run, tmp_path, monkeypatch, on_disk):
 
 
 def test_rows_beyond_learned_positions_are_refused(run, short_model, tmp_path):
-    wanted = r"rows of 128 tokens are longer than the context of the model, 32 tokens .*: set max_seq_len \(--max-seq-len\) to 32"
+    wanted = r"rows of 49 tokens are longer than the context of the model, 32 tokens .*: set max_seq_len \(--max-seq-len\) to 32"
     with pytest.raises(ValueError, match=wanted):
         run("out", model=str(short_model))
     assert not (tmp_path / "out").exists()
@@ -97,9 +98,33 @@ def test_short_rows_need_no_setting(run, short_model, tmp_path):
     run("out", model=str(short_model), data=[str(data)])
 
 
-def test_other_positions_are_warned_of(run, model_dir, caplog):
+def test_positions_of_packed_rows_are_those_of_their_documents(run, short_model, tmp_path):
+    """A row of 64 tokens with documents of at most 32 needs no position beyond the 32nd, in its padding neither."""
+    data = write_jsonl(tmp_path / "short.jsonl", [{"text": "the tide is low"}] * 3)
+    run("out", model=str(short_model), data=[str(data)], max_seq_len=64)
+
+
+def test_other_positions_are_warned_of(run, model_dir, tmp_path, caplog):
+    data = write_jsonl(tmp_path / "long.jsonl", [{"text": "the tide is low " * 20}])
     with caplog.at_level(logging.WARNING):
-        run("within", max_seq_len=128)
+        run("within", data=[str(data)], max_seq_len=128)
         assert "context" not in caplog.text
-        run("beyond", max_seq_len=136)
+        run("beyond", data=[str(data)], max_seq_len=136)
     assert "rows of 136 tokens are longer than the context of the model, 128 tokens" in caplog.text
+
+
+def test_a_run_that_was_packed_does_not_go_on_padded(make_config, tmp_path, monkeypatch):
+    """An old checkpoint of a model that mixes documents, or another transformers."""
+    data = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    settings = {"data": [str(data)], "eval_fraction": 0, "batch_size": 1, "max_seq_len": 128, "max_steps": 4}
+
+    def interrupt(event):
+        if event["event"] == "train" and event["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    assert train(make_config(**settings), on_event=interrupt, show_progress=False).interrupted
+    monkeypatch.setattr("lowtide.training.packing.keeps_documents_apart", lambda *_, **__: False)
+    with pytest.raises(ValueError, match=r"an epoch has 6 steps and had 2 in .*begin anew, or allow the change"):
+        train(make_config(**settings, resume="latest"), show_progress=False)
+    result = train(make_config(**settings, resume="latest", allow_changes=True), show_progress=False)
+    assert result.num_steps == 4 and not result.interrupted

@@ -105,7 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncation", choices=TRUNCATIONS, help="of --data, as in lowtide train (default: end)")
     parser.add_argument("--bad-records", choices=BAD_RECORDS, help="of --data, as in lowtide train (default: refuse)")
     parser.add_argument(
-        "--chat-template", metavar="FILE", help="for --data, as in lowtide train (default: the one of the model)"
+        "--chat-template",
+        metavar="FILE",
+        help="for --data, as in lowtide train, and for --apply-chat-template (default: the one of the model)",
     )
     parser.add_argument(
         "--output", metavar="FILE", help="write the scores there as JSON, after every part; it must not exist"
@@ -128,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
     from .quiet import quiet_libraries
 
     quiet_libraries()
+    from ..data.chat_template import set_chat_template
     from ..models import load_model, load_tokenizer, parse_dtype
     from ..planning import computes_bfloat16
     from ..training import resolve_device
@@ -137,8 +140,12 @@ def run(args: argparse.Namespace) -> int:
     tasks = _load_tasks(args)  # what is wrong with them shows before the model is loaded
     harness = _find_harness_tasks(args)
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    if args.chat_template is not None:
+        set_chat_template(tokenizer, args.chat_template)
     if args.apply_chat_template and not tokenizer.chat_template:
-        raise UsageError(f"--apply-chat-template: {args.model} has no chat template; leave the flag out")
+        raise UsageError(
+            f"--apply-chat-template: {args.model} has no chat template; leave the flag out, or give one with --chat-template FILE"
+        )
     batches = None if args.task or not args.data else _read_text(args, tokenizer)
     model = load_model(
         args.model, dtype=parse_dtype(args.dtype), device=device, trust_remote_code=args.trust_remote_code
@@ -161,6 +168,15 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the scores depend on, beside the data."""
     named = {"model": args.model, "dtype": args.dtype, "limit": args.limit}
+    if args.data and not args.task:
+        named |= {
+            "data": [str(each) for each in args.data],
+            "max_seq_len": args.max_seq_len,
+            "truncation": args.truncation or "end",
+        }
+        named |= {"bad_records": args.bad_records or "refuse"}
+    if args.chat_template is not None:
+        named["chat_template"] = args.chat_template
     if args.task:
         named["data_seed"] = args.data_seed or 0
     if args.lm_eval:
@@ -178,9 +194,12 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is for --task")
     if args.limit is not None and not (args.task or args.lm_eval):
         raise UsageError("--limit is for --task and --lm-eval")
-    for name in ("truncation", "bad_records", "chat_template"):
-        if getattr(args, name) is not None and (args.task or not args.data):
+    has_records = bool(args.data) and not args.task
+    for name in ("truncation", "bad_records"):
+        if getattr(args, name) is not None and not has_records:
             raise UsageError(f"--{name.replace('_', '-')} is for --data without --task")
+    if args.chat_template is not None and not (has_records or args.apply_chat_template):
+        raise UsageError("--chat-template is for --data without --task, and for --apply-chat-template")
     for name in ("lm_eval_include", "num_fewshot", "apply_chat_template"):
         value = getattr(args, name)
         if value is not None and value is not False and not args.lm_eval:  # 0 is a number of examples
@@ -251,7 +270,6 @@ def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     from ..cache_folder import default_cache_folder
     from ..data import Batches
     from ..data.cache import TokenCache
-    from ..data.chat_template import set_chat_template
     from ..data.inputs import find_inputs
     from ..data.loading import load_tokens
     from ..training.data import tell_skipped
@@ -260,8 +278,6 @@ def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     if args.data_cache != "none":
         folder = default_cache_folder() if args.data_cache is None else Path(args.data_cache).expanduser()
         cache = TokenCache(folder, sys.maxsize)  # how large it may be is for training to say
-    if args.chat_template is not None:
-        set_chat_template(tokenizer, args.chat_template)
     inputs, skip_bad = find_inputs(args.data, held_out=True), args.bad_records == "skip"
     store = load_tokens(
         inputs, tokenizer, args.max_seq_len, skip_bad=skip_bad, truncation=args.truncation or "end", cache=cache
@@ -281,7 +297,7 @@ def _score_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batc
     from ..models.context import check_context
     from ..training.setup import without_cache
 
-    check_context(model, batches.row_length, "set --max-seq-len to {limit}")
+    check_context(model, batches.num_positions, "set --max-seq-len to {limit}")
     with without_cache(model):
         if batches.shares_rows:
             tokens = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)

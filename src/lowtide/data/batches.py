@@ -68,6 +68,7 @@ class Batches:
         self.shuffle = shuffle
         # Sequence i holds examples of the lengths plan[bounds[i] : bounds[i + 1]].
         lengths = self._chosen.lengths
+        self._longest = int(lengths.max())
         self._plan: Ints = lengths
         self._bounds: Ints = numpy.arange(len(lengths) + 1)
         if packing:
@@ -92,9 +93,9 @@ class Batches:
         return 1 - int(self._chosen.lengths.sum(dtype=numpy.int64)) / num_positions
 
     @property
-    def row_length(self) -> int:
-        """S of the longest batch."""
-        return self.max_seq_len if self.packing else int(self._padded(self._chosen.lengths.max()))
+    def num_positions(self) -> int:
+        """What positions of a model are needed: packed, those of the longest example; padded, S of the longest batch."""
+        return self._longest if self.packing else int(self._padded(numpy.array(self._longest)))
 
     @property
     def shares_rows(self) -> bool:
@@ -177,7 +178,7 @@ class Batches:
                 input_ids[row, start:end] = torch.from_numpy(numpy.where(tokens < 0, ~tokens, tokens))
                 labels[row, start:end] = torch.from_numpy(numpy.where(tokens < 0, IGNORED, tokens))
                 position_ids[row, start:end] = torch.arange(end - start)
-            position_ids[row, end:] = torch.arange(shape[1] - end)
+            position_ids[row, end:] = torch.arange(shape[1] - end) % self._longest  # no more than any example has
             attention_mask[row, :end] = 1
         batch = {"input_ids": input_ids, "labels": labels}
         return batch | ({"position_ids": position_ids} if self.packing else {"attention_mask": attention_mask})

@@ -35,7 +35,6 @@ _UNFINISHED = ".unfinished-"
 _UNFINISHED_NAME = re.compile(r"\.unfinished-[a-z0-9_]{8}")  # as tempfile makes it
 _NEW, _DAMAGED, _REMOVED = "store", "damaged", "removed"  # what may lie in such a folder, stores all of them
 UNREADABLE = (ValueError, KeyError, TypeError, EOFError, OSError)  # what a damaged store may raise
-_HASHED_AT_ONCE = 2**22  # bytes
 _STALE_S = 24 * 3600.0  # an unfinished entry as old as this belongs to no living process
 _TAG = """Signature: 8a477f597d28d172789f06886806bc55
 # Tokens that lowtide keeps for the next start. They can be made again, so programs for backups may pass this folder over.
@@ -73,21 +72,16 @@ def content_key(
 
 
 def _digests(inputs: Sequence[Input], on_read: Callable[[int], None] | None) -> list[str]:
-    """What :meth:`Input.digest` gives for each, with a word on how far it is."""
+    """Of each, with a word on how far it is."""
     found, num_before = [], 0
-    piece = memoryview(bytearray(_HASHED_AT_ONCE))
+
+    def tell(num_read: int) -> None:
+        if on_read is not None:
+            on_read(num_before + num_read)
+
     for each in inputs:
-        if each.path is None:
-            found.append(each.digest())
-            continue
-        digest = hashlib.sha256()
-        with each.path.open("rb", buffering=0) as file:
-            while num_read := file.readinto(piece):
-                digest.update(piece[:num_read])
-                num_before += num_read
-                if on_read is not None:
-                    on_read(num_before)
-        found.append(f"{each.path.suffix.lower()}:{digest.hexdigest()}")
+        found.append(each.digest(tell))
+        num_before += each.num_bytes
     return found
 
 

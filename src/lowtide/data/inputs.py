@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .folders import SUFFIXES, TEXT_SUFFIXES, data_files
 from .hub_sets import HubSet
+
+_HASHED_AT_ONCE = 2**22  # bytes
 
 __all__ = ["SUFFIXES", "TEXT_SUFFIXES", "Input", "find_inputs"]
 
@@ -45,11 +47,14 @@ class Input:
         """Size of the file; 0 for a data set."""
         return 0 if self.path is None else self.path.stat().st_size
 
-    def digest(self) -> str:
-        """Hash of the content, and of the file type, which decides how it is read."""
+    def digest(self, on_read: Callable[[int], None] | None = None) -> str:
+        """Hash of the content, and of the file type, which decides how it is read.
+
+        Args:
+            on_read: told now and then how many bytes of the file have been read.
+        """
         if self.path is not None:
-            with self.path.open("rb") as file:
-                return f"{self.path.suffix.lower()}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            return f"{self.path.suffix.lower()}:{_file_digest(self.path, on_read)}"
         # Splits and slices of them may share their files.
         digest = hashlib.sha256(repr(self.hub and (self.hub.config, self.hub.split)).encode())
         files = [Path(each["filename"]) for each in getattr(self.rows, "cache_files", [])]
@@ -59,6 +64,17 @@ class Input:
         for row in [] if files else self.rows:
             digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
         return f"rows:{digest.hexdigest()}"
+
+
+def _file_digest(path: Path, on_read: Callable[[int], None] | None) -> str:
+    digest, piece, num_read = hashlib.sha256(), memoryview(bytearray(_HASHED_AT_ONCE)), 0
+    with path.open("rb", buffering=0) as file:
+        while length := file.readinto(piece):
+            digest.update(piece[:length])
+            num_read += length
+            if on_read is not None:
+                on_read(num_read)
+    return digest.hexdigest()
 
 
 def find_inputs(paths: str | Path | Sequence[str | Path], *, held_out: bool = False) -> list[Input]:

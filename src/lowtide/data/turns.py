@@ -4,7 +4,8 @@
     conversations   {"from": "human", "value": "..."} (ShareGPT), or the keys of messages
 
 A turn may also have OpenAI's ``name``, which the template is given, and an assistant's ``weight``: 0 for a turn that is not
-trained on. A conversation cannot begin with an assistant turn, since nothing is asked there; such turns are dropped.
+trained on. A conversation cannot begin with an assistant turn, perhaps behind a system prompt, since nothing is asked there; such
+turns are dropped.
 """
 
 from __future__ import annotations
@@ -80,9 +81,10 @@ def _spelling(turns: Any) -> tuple[str, str]:
 
 
 def _checked(turns: list[Turn], where: str) -> Conversation:
-    """The conversation from its first turn on that is not the assistant's, if something is learnt there."""
-    num_dropped = next((index for index, turn in enumerate(turns) if turn["role"] != "assistant"), len(turns))
-    messages = turns[num_dropped:]
+    """The conversation without the assistant's turns at its beginning, if something is learnt there."""
+    first = next((index for index, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    asked = next((index for index in range(first, len(turns)) if turns[index]["role"] != "assistant"), len(turns))
+    messages, num_dropped = turns[:first] + turns[asked:], asked - first
     answers = [turn for turn in messages if turn["role"] == "assistant"]
     if not answers:
         what = "no assistant turn" if not num_dropped else "no assistant turn behind a turn of another role"

@@ -15,16 +15,20 @@ def context_length(config: Any) -> int | None:
     """Tokens that a model was made for, or None if its config does not say.
 
     Args:
-        config: of transformers.
+        config: of transformers, or of a module that has something of its own by this name.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(_text_config(config), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def has_learned_positions(model: nn.Module, limit: int) -> bool:
     """Whether there is a vector for each of ``limit`` positions, so that no more will do; some models have two vectors more."""
     config = getattr(model, "config", None)
-    vocab_size = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    vocab_size = None if config is None else getattr(_text_config(config), "vocab_size", None)
     return any(
         isinstance(module, nn.Embedding)
         and limit <= module.num_embeddings <= limit + 2

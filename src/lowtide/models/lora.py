@@ -73,13 +73,12 @@ class Adapters:
             OSError: the disk is full or failed.
         """
         self.peft_model.peft_config[_ADAPTER].base_model_name_or_path = base_model
-        readme = directory / "README.md"
-        own = readme.read_bytes() if readme.is_file() else None
-        self.peft_model.save_pretrained(directory, save_embedding_layers=False)
-        if own is None:
-            readme.unlink(missing_ok=True)  # peft's form for a model card, which nobody has filled in
-        else:
-            readme.write_bytes(own)  # peft would have put its form into it
+        # peft's form for a model card, which nobody has filled in, or which would be put into a README.md that is there.
+        self.peft_model.create_or_update_model_card = lambda *_, **__: None
+        try:
+            self.peft_model.save_pretrained(directory, save_embedding_layers=False)
+        finally:
+            del self.peft_model.create_or_update_model_card
 
     def load(self, directory: Path) -> None:
         """Put the values back that :meth:`save` wrote.

@@ -44,9 +44,9 @@ class TrainData:
     num_skipped: int = 0
 
     @property
-    def row_length(self) -> int:
-        """Tokens of the longest row there is."""
-        return max(each.row_length for each in (self.train, self.held_out) if each is not None)
+    def num_positions(self) -> int:
+        """What positions of the model are needed."""
+        return max(each.num_positions for each in (self.train, self.held_out) if each is not None)
 
     @property
     def shares_rows(self) -> bool:

@@ -192,15 +192,17 @@ class MemoryTrace:
     # Counting -------------------------------------------------------------------------------------------------------
 
     def _at_border(self, where: str) -> None:
-        """Something else begins: everything is counted anew."""
-        self._where = where
+        """Something else begins: everything is counted anew, before the thread that watches may give it the new name."""
         self._count_held()
         self._forget_inputs()
-        self._now |= {
+        counted = {
             WEIGHTS: weight_bytes(self._params, self._engine),
             STATE: state_bytes(self._optimizers),
             KEPT: sum(dict(pair for held in self._kept.values() for pair in held.items()).values()),
         }
+        with self._lock:
+            self._where = where
+            self._now |= counted
         self._take()
 
     def _count_held(self) -> None:

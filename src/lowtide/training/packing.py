@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..evaluation import keeps_documents_apart, ordinary_tokens
 from ..log import get_logger
+from ..ranks import ALONE, Ranks
 from .config import TrainConfig
 from .data import TrainData
 
@@ -16,7 +17,11 @@ _logger = get_logger(__name__)
 
 
 def exact_rows(
-    config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TrainData
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainData,
+    ranks: Ranks = ALONE,
 ) -> TrainData:
     """The data as it is, or one example a row if the model would mix those of a row. Costs one short forward pass if it is packed.
 
@@ -25,6 +30,7 @@ def exact_rows(
         model: as it will be trained, its engine included.
         tokenizer: of the model.
         data: of the run.
+        ranks: that share it; each calls this, and all do the same.
 
     Raises:
         ValueError: the model would mix them, and packing was asked for.
@@ -33,7 +39,7 @@ def exact_rows(
         return data
     tokens = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
     one_row = "flash" in (config.attention or "")
-    if len(tokens) < 2 or keeps_documents_apart(model, tokens, one_row_at_a_time=one_row):
+    if len(tokens) < 2 or ranks.all(keeps_documents_apart(model, tokens, one_row_at_a_time=one_row)):
         return data
     name = type(model).__name__
     if config.packing:

@@ -197,6 +197,12 @@ def restore(run: Run, checkpoint: Checkpoint, skip_to_batch: int | None = None) 
             f"the training data is not what {checkpoint.path} was written with (another content, order or tokenizer), so the run "
             "would not be the same; restore the data, or allow the change with --allow-changes"
         )
+    was, now = state["data"]["steps_per_epoch"], len(run.data.train)
+    if was != now and not run.config.allow_changes:
+        raise ValueError(
+            f"an epoch has {now} steps and had {was} in {checkpoint.path}: the examples go into other rows than then (packed or one a row), so "
+            "the run would not be the same; begin anew, or allow the change with --allow-changes"
+        )
     _load_optimizers(run, checkpoint)
     run.engine.load_state_dict(state["engine"])
     run.report.load_state_dict(state["report"])

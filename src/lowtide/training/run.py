@@ -234,7 +234,7 @@ def prepare(
         )  # fmt: skip
     if config.attention is not None:
         set_attention(model, config.attention)
-    check_context(model, data.row_length, "set max_seq_len (--max-seq-len) to {limit}")
+    check_context(model, data.num_positions, "set max_seq_len (--max-seq-len) to {limit}")
     torch.manual_seed(random_seed(config.seed, ranks.rank))  # here: it must not depend on what loading the model drew
     adapters = make_adapters(config, model, checkpoint)
     state = optimizer_state_bytes(config, model, adapters)
@@ -262,13 +262,17 @@ def prepare(
         block_inputs=placement.block_inputs,
     )
     try:
-        data = exact_rows(config, model, tokenizer, data)
+        data = exact_rows(config, model, tokenizer, data, ranks)
     except BaseException:
         engine.remove(keep_copy=False)  # nothing has been trained yet
         raise
     num_steps = count_steps(config, len(data.train))
     if sharded:
-        same_everywhere(ranks, "data and steps", {"data": data.train.fingerprint, "steps": num_steps})
+        same_everywhere(
+            ranks,
+            "data and steps",
+            {"data": data.train.fingerprint, "steps": num_steps, "steps per epoch": len(data.train)},
+        )
     schedule = make_schedule(config.schedule, num_steps, config.warmup_ratio)
     return Run(
         config=config,

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..data.chat_template import set_chat_template
+from ..log import get_logger
 from ..models import load_tokenizer
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_logger = get_logger(__name__)
 
 
 def tokenizer_of(config: TrainConfig, checkpoint: Checkpoint | None = None) -> PreTrainedTokenizerBase:
@@ -26,6 +29,12 @@ def tokenizer_of(config: TrainConfig, checkpoint: Checkpoint | None = None) -> P
     """
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     if config.chat_template is None:
+        if checkpoint is not None and checkpoint.state["config"].get("chat_template") is not None:
+            _logger.warning(
+                "chat_template: the one that %s was written with stays, since the model's own is not there; to go back to that, name a "
+                "file with it",
+                checkpoint.path,
+            )
         return tokenizer
     before = tokenizer.chat_template
     set_chat_template(tokenizer, config.chat_template)
