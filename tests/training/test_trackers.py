@@ -156,7 +156,7 @@ def test_a_tracker_that_fails_is_left_out(broken, make_config, calls, monkeypatc
 def test_a_package_that_is_missing_is_refused_before_anything_is_loaded(make_config, monkeypatch):
     config = make_config(track=["wandb"])
     monkeypatch.setattr("lowtide.training.trackers.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(run_module, "load_tokenizer", lambda *args, **options: pytest.fail("the tokenizer was loaded"))
+    monkeypatch.setattr(run_module, "tokenizer_of", lambda *args, **options: pytest.fail("the tokenizer was loaded"))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lowtide\[wandb\]'"):
         train(config, show_progress=False)
     with pytest.raises(ModuleNotFoundError):
