@@ -11,9 +11,7 @@ from pathlib import Path
 from cost import CHECKPOINTED, costs_of
 from run import GRID, TASKS, best_rate, rows_of
 
-LEARNT_ERRORS = (
-    2.0  # a task is learnt if AdamW beats the most frequent answer and the untrained model by so many standard errors
-)
+LEARNT_ERRORS = 2.0  # standard errors by which a task is learnt: above the most frequent answer and the untrained model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +63,16 @@ def results(options: argparse.Namespace) -> Iterator[Result]:
             yield Result(task, method, best, scores, majority, number, peak, seconds)
 
 
-def learnable(found: list[Result], task: str) -> bool:
-    """Whether AdamW, in the mean over its seeds, is better than always the most frequent answer, and than the model was before."""
+def learnt_by(found: list[Result], task: str) -> list[str]:
+    """The methods that, in the mean over several seeds, are better than always the most frequent answer, and than the model was before."""
     before = next((each.mean for each in found if (each.task, each.method) == (task, "zero-shot")), 0.0)
-    for each in found:
-        if (each.task, each.method) == (task, "adamw"):
-            share = each.mean / 100
-            error = 100 * (share * (1 - share) / each.num_test) ** 0.5
-            return each.mean > max(each.majority, before) + LEARNT_ERRORS * error
-    return False
+    methods = []
+    for each in (each for each in found if each.task == task and each.spread is not None):
+        share = each.mean / 100
+        error = 100 * (share * (1 - share) / each.num_test) ** 0.5
+        if each.mean > max(each.majority, before) + LEARNT_ERRORS * error:
+            methods.append(each.method)
+    return methods
 
 
 def table(options: argparse.Namespace) -> str:
@@ -101,10 +100,10 @@ def table(options: argparse.Namespace) -> str:
                 f"| {task} | {CHECKPOINTED} | | | | | {peak / 1e9:.2f} | {peak / costs['adamw'][0]:.0%} | {seconds:.2f} |"
             )
     tasks = dict.fromkeys(each.task for each in found if each.method == "adamw")
-    lines += ["", f"Learnt by AdamW: {', '.join(task for task in tasks if learnable(found, task)) or 'none'}. Not learnt: "
-              f"{', '.join(task for task in tasks if not learnable(found, task)) or 'none'}."]  # fmt: skip
+    by = {task: learnt_by(found, task) for task in tasks}
+    lines += ["", *(f"- {task}: learnt by {', '.join(by[task]) or 'none'}" for task in tasks)]
     both = [task for task in tasks if compared(found, task)]
-    learnt = [task for task in both if learnable(found, task)]
+    learnt = [task for task in both if by[task]]
     lines += averages(found, learnt)
     if both != learnt:
         lines += averages(found, both)
