@@ -293,16 +293,14 @@ def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _score_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Batches) -> dict[str, Any]:
-    from ..evaluation import evaluate_loss, keeps_documents_apart, ordinary_tokens
+    from ..evaluation import evaluate_loss, keeps_documents_apart
     from ..models.context import check_context
     from ..training.setup import without_cache
 
     check_context(model, batches.num_positions, "set --max-seq-len to {limit}")
     with without_cache(model):
-        if batches.shares_rows:
-            tokens = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
-            if len(tokens) > 1 and not keeps_documents_apart(model, tokens):
-                batches = batches.padded()  # one text a row, or they would see each other
+        if batches.shares_rows and not keeps_documents_apart(model, tokenizer):
+            batches = batches.padded()  # one text a row, or they would see each other
         found = evaluate_loss(model, batches.epoch(0))
     print(f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f} ({found.num_tokens} tokens)", flush=True)
     return {"loss": found.loss, "perplexity": found.perplexity, "num_tokens": found.num_tokens}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +24,31 @@ _SAME_PLACE = {torch.float32: 2e-6, torch.float64: 2e-6}  # 16-bit ones: 2e-3
 _OTHER_PLACE = {torch.float32: 1e-3, torch.float64: 1e-3}  # 16-bit ones: a tenth
 
 
-def keeps_documents_apart(model: nn.Module, token_ids: Sequence[int], *, one_row_at_a_time: bool = False) -> bool:
+def keeps_documents_apart(
+    model: nn.Module, tokens: PreTrainedTokenizerBase | Sequence[int], *, one_row_at_a_time: bool = False
+) -> bool:
     """Whether a document's logits are what they are alone, whatever stands before it in its row.
 
-    Of a model whose logits are not finite nothing can be said, and the answer is yes. No gradients, in evaluation mode, and mode and random state are as before.
+    Where nothing can be said, because logits are not finite or the tokenizer has no two ordinary tokens, the answer is yes. No gradients,
+    in evaluation mode; the model's mode and the random state are as before.
 
     Args:
         model: a causal language model of transformers, as it will be trained: its attention, and the engine if there is one.
-        token_ids: ordinary tokens, at least two different ones; they are repeated if they are few.
+        tokens: the tokenizer, or ids of ordinary tokens, at least two different ones, which are repeated if they are few.
         one_row_at_a_time: for flash attention, which tells documents apart in batches of one row only.
+
+    Raises:
+        ValueError: fewer than two different ids.
     """
+    if not isinstance(tokens, Sequence):
+        tokens = _ordinary_tokens(tokens, model)
+        if len(tokens) < 2:
+            return True
     parameters = inspect.signature(model.forward).parameters
     takes_rest = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     if "position_ids" not in parameters and not takes_rest:
         return False
-    first, other, second = _documents(token_ids)
+    first, other, second = _documents(tokens)
     rows = torch.stack(
         [torch.cat(pair) for pair in ((first, second), (other, second), (second, first), (first, second))]
     )
@@ -88,14 +99,9 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().mean(dim=-1).amax().item()
 
 
-def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, count: int = 3 * _DOCUMENT) -> list[int]:
-    """Tokens that mean text, from all over the vocabulary.
-
-    Args:
-        tokenizer: of the model.
-        vocab_size: rows of the model's embedding.
-        count: how many, if there are so many.
-    """
+def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
+    """Tokens that mean text, from all over the vocabulary, as many as three documents have if there are so many."""
+    vocab_size, count = model.config.get_text_config().vocab_size, 3 * _DOCUMENT
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     found = [token for token in range(min(len(tokenizer), vocab_size)) if token not in special]
     return found[:: max(1, len(found) // count)][:count]

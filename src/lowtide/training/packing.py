@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..evaluation import keeps_documents_apart, ordinary_tokens
+from ..evaluation import keeps_documents_apart
 from ..log import get_logger
 from ..ranks import ALONE, Ranks
 from .config import TrainConfig
@@ -37,9 +37,8 @@ def exact_rows(
     """
     if not data.shares_rows:
         return data
-    tokens = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
     one_row = "flash" in (config.attention or "")
-    if len(tokens) < 2 or ranks.all(keeps_documents_apart(model, tokens, one_row_at_a_time=one_row)):
+    if ranks.all(keeps_documents_apart(model, tokenizer, one_row_at_a_time=one_row)):
         return data
     name = type(model).__name__
     if config.packing:
