@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -141,9 +143,25 @@ def test_who_is_told_to_end_leaves_no_process_behind():
     assert started and not any(process.is_running() for process in started)
 
 
+def test_who_is_told_to_end_while_the_process_starts_leaves_none_behind(monkeypatch):
+    """The signal comes when the process runs already and nobody has it in hand yet."""
+    started = []
+
+    class TornStart(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(psutil.Process(self.pid))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", TornStart)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        demo_process.run_process("train", {})
+    assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    assert len(started) == 1 and not started[0].is_running()
+
+
 def test_a_process_is_not_charged_with_the_memory_of_its_parent():
-    import subprocess
-    import sys
 
     ballast = bytearray(2**30)
     code = "from lowtide.cli.demo_process import own_peak_bytes; print(own_peak_bytes())"

@@ -51,31 +51,57 @@ def run_process(task: str, settings: dict[str, Any]) -> dict[str, Any]:
         result_file = Path(folder, "result.json")
         # -P: a file in the current directory (a user's own gguf.py) must not be taken for a module.
         command = [sys.executable, "-P", "-m", "lowtide.cli.demo_process", task, str(result_file)]
-        with _told_to_end():
-            done = subprocess.run(command, input=json.dumps(settings), text=True, check=False)
+        returncode = _run(command, json.dumps(settings))
         if result_file.exists():
             result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
             if "error" in result:
                 raise ProcessFailed(result["error"], killed=result["out_of_memory"])
             return result
-    killed = done.returncode == -getattr(signal, "SIGKILL", 9)
-    reason = "was killed, which is what happens when memory runs out" if killed else f"ended with {done.returncode}"
+    killed = returncode == -getattr(signal, "SIGKILL", 9)
+    reason = "was killed, which is what happens when memory runs out" if killed else f"ended with {returncode}"
     raise ProcessFailed(f"the process for {task!r} {reason}", killed=killed)
 
 
+def _run(command: list[str], text: str) -> int:
+    """Run ``command`` with ``text`` as its standard input, and never leave it behind; returns its exit status."""
+    with _told_to_end() as listen:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        try:
+            listen()
+            process.communicate(text)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    return process.returncode
+
+
 @contextmanager
-def _told_to_end() -> Iterator[None]:
-    """SIGTERM becomes an exception, at which ``subprocess`` kills the process it waits for: nobody would wait for its result."""
+def _told_to_end() -> Iterator[Callable[[], None]]:
+    """SIGTERM becomes a ``SystemExit``, at the call of what this gives or after it.
+
+    Not before: an exception while ``Popen`` starts a process leaves nobody who knows of that process.
+    """
     if threading.current_thread() is not threading.main_thread():  # only there are signals handled
-        yield
+        yield lambda: None
         return
+    told: list[int] = []
+    listening = False
 
     def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
+        told.append(number)
+        if listening:
+            raise SystemExit(128 + number)
+
+    def listen() -> None:
+        nonlocal listening
+        listening = True
+        if told:
+            raise SystemExit(128 + told[0])
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield listen
     finally:
         signal.signal(signal.SIGTERM, before)
 
