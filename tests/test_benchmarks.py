@@ -94,6 +94,12 @@ def test_what_is_there_is_not_run_again(results):
 def test_page(results, tmp_path):
     page, images = tmp_path / "docs" / "benchmarks.md", tmp_path / "docs" / "images"
     command = [sys.executable, str(BENCHMARKS / "cpu_peers_page.py"), "--results", str(results)]
+    turns = tmp_path / "turns.csv"
+    for number, turn, ours, nothing in (("1", "1", 4.2, 4.0), ("1", "2", 4.4, 4.0), ("2", "1", 4.0, 4.0)):
+        for method, seconds in (("lowtide-lomo", ours), ("lowtide-nothing", nothing)):
+            found = {**row(method), "round": number, "turn": turn, "seconds": seconds, "user_s": 8, "system_s": 0.5, "minor_faults": 1234}  # fmt: skip
+            rows.append(turns, {name: found.get(name, "") for name in rows.TURN_FIELDS}, rows.TURN_FIELDS)
+    command += ["--turns", str(turns)]
     subprocess.run([*command, "--page", str(page), "--plots", str(images)], check=True)
     text = page.read_text(encoding="utf-8")
     # 1426120064 - 350000000 is four times the weights, and 3.0 and 6.0 s are 1.5 times the 2.0 and 4.0 s of the same rounds.
@@ -104,8 +110,22 @@ def test_page(results, tmp_path):
     assert "lomo-optim Lomo" in text.partition("**Not measured**: ")[2].partition("\n")[0]
     assert "(1 sequence of 64 tokens): not measured." in text
     assert "| lowtide Lomo | 4096 | 0.35 | 1.30 | (9) | 1 |" in text and "`needs 9.0 GB (estimated)" in text
+    # 4.2, 4.4 and 4.0 over 4.0; of the two rounds 1.075 and 1.
+    assert "| lowtide's backward, nothing updated | 4 | 1.050 (1.000 to 1.075) | 8 | 0.5 | 1,234 | 3 | 2 |" in text
     for name in ("benchmarks-smollm2.svg", "benchmarks-growth.svg"):
         assert f"images/{name})" in text and "lowtide Lomo" in (images / name).read_text(encoding="utf-8")
+
+
+def test_processes_take_their_steps_in_turn(tmp_path):
+    file = tmp_path / "turns.csv"
+    command = [sys.executable, str(BENCHMARKS / "steps_in_turn.py"), "--model", "tiny", "--threads", "1", "--batch-size", "2", "--seq-len", "8"]  # fmt: skip
+    command += ["--methods", "lowtide-lomo", "sgd-bf16", "--steps", "2", "--rounds", "1", "--results", str(file)]
+    subprocess.run(command, check=True)
+    found = [(each["turn"], each["place"], each["method"]) for each in rows.read_all(file)]
+    assert found == [("1", "1", "sgd-bf16"), ("1", "2", "lowtide-lomo"), ("2", "1", "lowtide-lomo"), ("2", "2", "sgd-bf16")]  # fmt: skip
+    assert all(float(each["seconds"]) > 0 and int(each["minor_faults"]) >= 0 for each in rows.read_all(file))
+    refused = subprocess.run([*command, "--methods", "no such"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "no such" in refused.stderr
 
 
 def test_reason_is_one_line(results):

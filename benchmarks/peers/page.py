@@ -10,7 +10,7 @@ from pathlib import Path
 from . import abilities, plots
 from .methods import METHODS
 from .shapes import GROWTH, SHAPES
-from .summary import BASE, GROUP, Result, Row, groups, is_only_growth, results
+from .summary import BASE, GROUP, InTurn, Result, Row, groups, in_turn, is_only_growth, results
 
 HEAD = """# Benchmarks on a CPU
 
@@ -39,11 +39,17 @@ GROWN = {
 }
 
 
-def write(rows: list[Row], page: Path, images: Path) -> None:
+IN_TURN = """The processes of one model are alive side by side, and one at a time takes a step (`benchmarks/steps_in_turn.py`): the clock of a machine moves by more than a few percent
+between one process and the next, and less from step to step. *Lomo's of it*: the step time of lowtide Lomo divided by that of the method in the same turn; the median over all turns, and the lowest and
+highest median of a round, whose processes are fresh. *User* and *system*: seconds of all threads in a step. All other columns are medians, too."""
+
+
+def write(rows: list[Row], page: Path, images: Path, turns: list[Row]) -> None:
     """The page and its pictures.
 
     Args:
         rows: of the CSV file.
+        turns: of that of steps_in_turn.py.
         page: the Markdown file.
         images: the folder of the pictures.
     """
@@ -61,6 +67,7 @@ def write(rows: list[Row], page: Path, images: Path) -> None:
         parts.append(section(dict(zip(GROUP, key, strict=True)), own, images / f"{name}.svg", f"{link}/{name}.svg"))
     if not names:
         parts.append("No comparison of all methods has been run yet.")
+    parts.append(steps_in_turn(turns))
     parts.append(growth(rows, images / "benchmarks-growth.svg", f"{link}/benchmarks-growth.svg"))
     parts.append("## What each can do\n\nRead, not measured; the last column says where.\n\n" + abilities.table())
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +149,43 @@ def says(found: Iterable[Result]) -> list[str]:
     if few < 5:
         lines.append(f"Some have only {few} round{'s' if few > 1 else ''}: too few to tell small differences.")
     return lines
+
+
+def steps_in_turn(rows: list[Row]) -> str:
+    """Small differences between step times."""
+    rows = [row for row in rows if row["model"] in SHAPES and row["model"] != "tiny" and row["method"] in METHODS]
+    parts = ["## Steps in turn"]
+    names = ("device", "threads", "model", "batch_size", "seq_len", "commit")
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    for key, own in found.items():
+        group = dict(zip(names, key, strict=True))
+        title = f"### {group['model']}, {group['batch_size']} x {group['seq_len']} tokens"
+        where = f"{group['device']}; {group['threads']} threads; torch {own[0]['torch']}; transformers {own[0]['transformers']}. Measured {own[0]['date']}, lowtide at {group['commit']}."
+        parts += [title, where, turn_table(in_turn(own))]
+    if not found:
+        parts.append("Not measured.")
+    else:
+        parts.insert(1, IN_TURN)
+    return "\n\n".join(parts)
+
+
+def turn_table(found: Iterable[InTurn]) -> str:
+    head = ("method", "step, s", "Lomo's of it", "user, s", "system, s", "page faults", "steps", "rounds")
+    lines = [head, ("---",) * len(head)]
+    for each in found:
+        ratio = ""
+        if each.ratios:
+            ratio = f"{statistics.median(each.ratios):.3f} ({min(each.by_round):.3f} to {max(each.by_round):.3f})"
+        method = METHODS[each.method]
+        lines.append(
+            (
+                f"**{method.title}**" if method.kind == "ours" else method.title, f"{each.seconds:.4g}", ratio, f"{each.user_s:.4g}", f"{each.system_s:.3g}",
+                f"{each.minor_faults:,.0f}", str(len(each.ratios)), str(each.rounds),
+            )
+        )  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def growth(rows: list[Row], picture: Path, link: str) -> str:

@@ -19,17 +19,26 @@ FIELDS = (
     "date", "commit", "device", "threads", "torch", "transformers", "peer", "model", "method", "num_parameters", "num_tensors", "batch_size",
     "seq_len", "steps", "weights_bytes", "baseline_bytes", "peak_bytes", "first_step_s", "step_s", "tokens_per_s", "loss", "round", "status",
 )  # fmt: skip
+TURN_RESULTS = RESULTS.with_name("steps_in_turn.csv")
+TURN_FIELDS = (
+    "date", "commit", "device", "threads", "torch", "transformers", "peer", "model", "method", "batch_size", "seq_len", "round", "turn", "place",
+    "seconds", "user_s", "system_s", "minor_faults",
+)  # fmt: skip
 # Rows that agree in these, and in their round, are the same run.
 SETTINGS = ("device", "threads", "model", "method", "batch_size", "seq_len", "steps")
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """All rows; of the same run the last one."""
+def read_all(path: Path) -> list[dict[str, str]]:
+    """All rows; none where there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return list({tuple(row[name] for name in (*SETTINGS, "round")): row for row in rows}.values())
+        return list(csv.DictReader(file))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of cpu_peers.py; of the same run the last one."""
+    return list({tuple(row[name] for name in (*SETTINGS, "round")): row for row in read_all(path)}.values())
 
 
 def has(rows: list[dict[str, str]], settings: Mapping[str, Any], number: int) -> bool:

@@ -87,3 +87,52 @@ def results(rows: list[Row]) -> tuple[list[Result], dict[str, str]]:
                 )
             )
     return found, failed
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """One method among those that took their steps in turn.
+
+    Attributes:
+        rounds: processes that it had.
+        seconds: of its steps, the median.
+        user_s: of the process and a step, all threads, the median.
+        system_s: likewise, in the kernel.
+        minor_faults: likewise, pages that it was given.
+        ratios: step time of ``BASE`` over its, one for every turn that both have.
+        by_round: the medians of these, one for every round.
+    """
+
+    method: str
+    rounds: int
+    seconds: float
+    user_s: float
+    system_s: float
+    minor_faults: float
+    ratios: tuple[float, ...]
+    by_round: tuple[float, ...]
+
+
+def in_turn(rows: list[Row]) -> list[InTurn]:
+    """Of steps_in_turn.py's rows of one model on one machine, in the order of ``METHODS``."""
+    base = {(row["round"], row["turn"]): float(row["seconds"]) for row in rows if row["method"] == BASE}
+    found = []
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method]
+        if not own:
+            continue
+        ratios: dict[str, list[float]] = {}
+        for row in own:
+            if (turn := (row["round"], row["turn"])) in base:
+                ratios.setdefault(row["round"], []).append(base[turn] / float(row["seconds"]))
+        medians = [statistics.median(float(row[name]) for row in own) for name in ("seconds", "user_s", "system_s", "minor_faults")]  # fmt: skip
+        found.append(
+            InTurn(
+                method,
+                len({row["round"] for row in own}),
+                *medians,
+                tuple(ratio for each in ratios.values() for ratio in each),
+                tuple(statistics.median(each) for each in ratios.values()),
+            )
+        )
+    return found
