@@ -85,6 +85,17 @@ def test_adalomo_and_rounding_alone(rounding):
     assert same(target, slow)
 
 
+@pytest.mark.parametrize("start", [0, 1, 1023, 2**31 - 7, 2**32 - 3000])
+@pytest.mark.parametrize("numel", [1, 2, 1023, 1024, 1025, 2999])
+def test_noise_is_that_of_the_position_in_the_whole_tensor(start, numel):
+    """Two elements share a number of the hash, and the noise is made for a tile at a time."""
+    value = numbers(1, torch.float32)[:numel]
+    found, wanted = (torch.empty(numel, dtype=torch.bfloat16) for _ in range(2))
+    native.round_into(found, value, rounding="stochastic", key=KEY, start=start)
+    round_stochastic_(wanted, value.clone(), KEY, start)
+    assert same(found, wanted)
+
+
 def test_norm_does_not_depend_on_threads():
     grad = numbers(1)
     grad[5] = 1.0

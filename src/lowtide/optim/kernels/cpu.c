@@ -12,7 +12,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum rounding { NEAREST = 0, STOCHASTIC = 1, COMPENSATED = 2 };
-enum { CHUNK = 1 << 15, LANES = 64 };  // elements that a thread takes at a time; partial sums side by side
+enum { CHUNK = 1 << 15, TILE = 1 << 10, LANES = 64 };  // elements that a thread takes at a time; whose noise is made at a time; partial sums side by side
 
 #if defined(_OPENMP)
 #define PARALLEL(threads) _Pragma("omp parallel for schedule(static) num_threads(threads)")
@@ -41,15 +41,26 @@ INLINE float multiply_add(float b, float c, float a) {
 #endif
 }
 
-// 16 bits for the element at this position of the whole tensor: see noise16 in rounding.py.
-INLINE int32_t noise(uint32_t position, uint32_t key) {
-    uint32_t x = (position >> 1) * 0x9E3779B9u;
-    x ^= key;
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    x ^= x >> 16;
-    x >>= (position & 1u) << 4;
-    return (int32_t)(x << 16) >> 16;
+// Reads the halves of numbers of 32 bits.
+typedef int16_t __attribute__((may_alias)) half;
+
+// 16 bits of noise for each of `count` elements from `position` on, which is that in the whole tensor: see noise16 in rounding.py. One
+// number of 32 bits serves two elements, the even one with its lower half. `room` holds TILE / 2 + 1; the noise begins where the result points to.
+INLINE const half *noise(uint32_t *restrict room, uint32_t position, ptrdiff_t count, uint32_t key) {
+    uint32_t odd = position & 1u, even = position - odd;
+    ptrdiff_t pairs = (count + (ptrdiff_t)odd + 1) / 2;
+    for (ptrdiff_t pair = 0; pair < pairs; pair++) {
+        uint32_t x = ((even + 2u * (uint32_t)pair) >> 1) * 0x9E3779B9u;
+        x ^= key;
+        x = (x ^ (x >> 16)) * 0x7FEB352Du;
+        x = (x ^ (x >> 15)) * 0x846CA68Bu;
+        x ^= x >> 16;
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        x = x << 16 | x >> 16;
+#endif
+        room[pair] = x;
+    }
+    return (const half *)room + odd;
 }
 
 INLINE float read_weight(const uint16_t *weight, const int16_t *rest, ptrdiff_t i, int rounding) {
@@ -58,12 +69,12 @@ INLINE float read_weight(const uint16_t *weight, const int16_t *rest, ptrdiff_t 
     return as_float(bits);
 }
 
-INLINE void write_weight(uint16_t *weight, int16_t *rest, ptrdiff_t i, float value, uint32_t position, uint32_t key, int rounding) {
+INLINE void write_weight(uint16_t *weight, int16_t *rest, ptrdiff_t i, float value, int32_t dither, int rounding) {
     uint32_t bits = value != value ? 0x7FC00000u : as_bits(value);
     if (rounding == NEAREST) {
         bits = value != value ? bits : bits + 0x7FFFu + ((bits >> 16) & 1u);
     } else if (rounding == STOCHASTIC) {
-        bits += (uint32_t)(noise(position, key) + 32768);
+        bits += (uint32_t)(dither + 32768);
     } else {
         int32_t low = (int32_t)(bits << 16) >> 16;
         rest[i] = (int16_t)low;
@@ -86,6 +97,19 @@ INLINE float prepared(float grad, int prepares, float inv_scale, float limit, fl
     return prepares ? clamped(grad * inv_scale, limit) * coefficient : grad;
 }
 
+// Goes over the elements `i` of from..to in tiles; BODY may use `dither`, the noise of its element, 0 but for stochastic rounding.
+#define FOR_EACH(from, to, rounding, key, start, BODY)                                                                       \
+    for (ptrdiff_t tile = (from); tile < (to); tile += TILE) {                                                               \
+        ptrdiff_t tile_end = tile + TILE < (to) ? tile + TILE : (to);                                                        \
+        uint32_t room[TILE / 2 + 1];                                                                                         \
+        const half *tile_noise = (const half *)room;                                                                         \
+        if ((rounding) == STOCHASTIC) tile_noise = noise(room, (start) + (uint32_t)tile, tile_end - tile, key);              \
+        for (ptrdiff_t i = tile; i < tile_end; i++) {                                                                        \
+            int32_t dither = (rounding) == STOCHASTIC ? tile_noise[i - tile] : 0;                                            \
+            BODY                                                                                                             \
+        }                                                                                                                    \
+    }
+
 // Calls BODY with rounding, is_float and prepares as constants, so that each case is a loop of its own without branches.
 #define SPECIALISE(BODY)                                   \
     switch ((rounding * 2 + is_float) * 2 + prepares) {    \
@@ -106,12 +130,12 @@ INLINE float prepared(float grad, int prepares, float inv_scale, float limit, fl
 INLINE void lomo_chunk(uint16_t *restrict weight, const void *restrict grad, int16_t *restrict rest, ptrdiff_t from, ptrdiff_t to,
                        float step_size, float decay, float inv_scale, float limit, float coefficient, uint32_t key, uint32_t start,
                        int rounding, int is_float, int prepares) {
-    for (ptrdiff_t i = from; i < to; i++) {
+    FOR_EACH(from, to, rounding, key, start, {
         float value = read_weight(weight, rest, i, rounding) * decay;
         float g = prepared(read_grad(grad, i, is_float), prepares, inv_scale, limit, coefficient);
         value = multiply_add(g, -step_size, value);
-        write_weight(weight, rest, i, value, start + (uint32_t)i, key, rounding);
-    }
+        write_weight(weight, rest, i, value, dither, rounding);
+    })
 }
 
 // p = p * decay - step_size * coefficient * clamp(grad * inv_scale, -limit, limit), rounded once.
@@ -133,13 +157,12 @@ EXPORT void lomo_step(uint16_t *weight, const void *grad, int16_t *rest, ptrdiff
 INLINE void adalomo_row(uint16_t *restrict weight, const void *restrict grad, int16_t *restrict rest, ptrdiff_t from, ptrdiff_t cols,
                         float row, const float *restrict col, float scale, float decay, float inv_scale, float limit,
                         float coefficient, uint32_t key, uint32_t start, int rounding, int is_float, int prepares) {
-    for (ptrdiff_t c = 0; c < cols; c++) {
-        ptrdiff_t i = from + c;
+    FOR_EACH(from, from + cols, rounding, key, start, {
         float g = prepared(read_grad(grad, i, is_float), prepares, inv_scale, limit, coefficient);
         float value = read_weight(weight, rest, i, rounding) * decay;
-        value -= g * row * col[c] * scale;
-        write_weight(weight, rest, i, value, start + (uint32_t)i, key, rounding);
-    }
+        value -= g * row * col[i - from] * scale;
+        write_weight(weight, rest, i, value, dither, rounding);
+    })
 }
 
 // p = p * decay - scale * g * row * col, rounded once; [rows, cols] are all rows of `matrices` matrices of rows / matrices each.
@@ -167,11 +190,14 @@ EXPORT void round_into(uint16_t *restrict weight, const float *restrict value, i
     PARALLEL(threads)
     for (ptrdiff_t chunk = 0; chunk < chunks; chunk++) {
         ptrdiff_t from = chunk * CHUNK, to = from + CHUNK < numel ? from + CHUNK : numel;
-#define LOOP(R) \
-    for (ptrdiff_t i = from; i < to; i++) write_weight(weight, rest, i, value[i], start + (uint32_t)i, key, R)
-        if (rounding == NEAREST) LOOP(NEAREST);
-        else if (rounding == STOCHASTIC) LOOP(STOCHASTIC);
-        else LOOP(COMPENSATED);
+#define LOOP(R) FOR_EACH(from, to, R, key, start, { write_weight(weight, rest, i, value[i], dither, R); })
+        if (rounding == NEAREST) {
+            LOOP(NEAREST)
+        } else if (rounding == STOCHASTIC) {
+            LOOP(STOCHASTIC)
+        } else {
+            LOOP(COMPENSATED)
+        }
 #undef LOOP
     }
 }
