@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import pytest
@@ -71,6 +72,33 @@ def test_few_examples_are_of_the_split_that_training_makes(
     assert len(scored) == 5 and all(item in trained.split(split) for item in scored)
     if split == "dev":
         assert not any(item in trained.train for item in scored)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "expected"),
+    [
+        ("data_seed: 3\nseed: 5\n", [], 3),
+        ("seed: 5\n", [], 5),  # of a run before --data-seed, whose seed decided the splits
+        ("data_seed: 3\n", ["--data-seed", 0], 0),
+        ("data_seed: a\n", [], 0),
+        ("[1]", [], 0),
+        (None, [], 0),
+    ],
+)
+def test_splits_are_those_of_the_run_whose_model_it_is(
+    lowtide, model_dir, superglue, tmp_path, settings, given, expected
+):
+    run, path = tmp_path / "run", tmp_path / "scores.json"
+    shutil.copytree(model_dir, run / "model")
+    if settings is not None:
+        (run / "metrics.jsonl").write_text("")
+        (run / "config.yaml").write_text(settings)
+    arguments = ["--task", "superglue/rte", "--data", superglue, "--dtype", "float32", "--limit", 2, *given]
+    result = lowtide("eval", "--model", run / "model", *arguments, "--output", path)
+    assert (result.code, result.err) == (0, [])
+    assert json.loads(path.read_text())["data_seed"] == expected
+    told = f"--data-seed {expected}, as in {run / 'config.yaml'}"
+    assert (told in result.out) == (expected > 0)
 
 
 def test_text_is_scored_as_in_training(lowtide, model_dir, tmp_path):

@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-seed",
         type=whole_number,
         metavar="N",
-        help="of a task: that of lowtide train, which decides the splits and what is drawn of them (default: 0)",
+        help="of a task: that of lowtide train, which decides the splits and what is drawn of them (default: that of the run whose model it is, "
+        "or 0)",
     )
     parser.add_argument(
         "--lm-eval", nargs="+", metavar="TASK", help="tasks of the lm-evaluation-harness (pip install 'lowtide[eval]')"
@@ -135,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
     from ..planning import computes_bfloat16
     from ..training import resolve_device
 
+    if args.task and args.data_seed is None:
+        args.data_seed = _data_seed_of_run(args.model)
     device = resolve_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if computes_bfloat16(device) else "float32")
     tasks = _load_tasks(args)  # what is wrong with them shows before the model is loaded
@@ -178,7 +181,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.chat_template is not None:
         named["chat_template"] = args.chat_template
     if args.task:
-        named["data_seed"] = args.data_seed or 0
+        named["data_seed"] = args.data_seed
     if args.lm_eval:
         named |= {"num_fewshot": args.num_fewshot, "apply_chat_template": args.apply_chat_template}
     return named
@@ -209,10 +212,27 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"--task {name}: a task is superglue/ and a name, as in superglue/rte")
 
 
+def _data_seed_of_run(model: str) -> int:
+    """Of the run that a model or checkpoint lies in, or 0: with another one, dev would have examples that it was trained on."""
+    from ..training.resume import read_settings
+
+    for folder in Path(model).expanduser().absolute().parents[:3]:
+        settings = read_settings(folder) if (folder / "metrics.jsonl").is_file() else None
+        if settings is not None:
+            seed = settings.get(
+                "data_seed", settings.get("seed", 0)
+            )  # before there was one, the other decided the splits
+            if isinstance(seed, int) and seed > 0:
+                print(f"--data-seed {seed}, as in {folder / 'config.yaml'}", flush=True)
+                return seed
+            break
+    return 0
+
+
 def _load_tasks(args: argparse.Namespace) -> dict[str, TaskData]:
     from ..data import load_superglue
 
-    source, seed = args.data[0] if args.data else None, args.data_seed or 0
+    source, seed = args.data[0] if args.data else None, args.data_seed
     # The splits of a training run, whatever the limit is: a smaller dev set of its own would have examples that were trained on.
     return {
         name: load_superglue(name.removeprefix("superglue/"), source, num_test=args.limit or 1000, seed=seed)
@@ -250,7 +270,7 @@ def _score_task(
     from ..evaluation import choice_accuracies
 
     split, scoring = args.split or "test", args.scoring or "per_token"
-    items = sample(data.split(split), args.limit or 1000, args.data_seed or 0)
+    items = sample(data.split(split), args.limit or 1000, args.data_seed)
     found = choice_accuracies(model, tokenizer, items)
     majority = majority_share(items)
     other = next(each for each in found if each != scoring)
