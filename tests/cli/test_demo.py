@@ -162,7 +162,6 @@ def test_who_is_told_to_end_while_the_process_starts_leaves_none_behind(monkeypa
 
 
 def test_a_process_is_not_charged_with_the_memory_of_its_parent():
-
     ballast = bytearray(2**30)
     code = "from lowtide.cli.demo_process import own_peak_bytes; print(own_peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -222,7 +222,7 @@ def _data_seed_of_run(model: str) -> int:
             seed = settings.get(
                 "data_seed", settings.get("seed", 0)
             )  # before there was one, the other decided the splits
-            if isinstance(seed, int) and seed > 0:
+            if type(seed) is int and seed > 0:
                 print(f"--data-seed {seed}, as in {folder / 'config.yaml'}", flush=True)
                 return seed
             break
