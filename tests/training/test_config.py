@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from lowtide.training import TrainConfig
-from lowtide.training.config import DEFAULT_LR, GROUPS, OPTIMIZERS
+from lowtide.training.choices import DEFAULT_LR, GROUPS, OPTIMIZERS
 
 GIVEN = {"model": "m", "data": ["d.txt"], "output": "o"}
 

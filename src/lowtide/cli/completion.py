@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from ..training.config import TRACKERS
+from ..training.choices import TRACKERS
 
 SHELLS = ("bash", "zsh", "fish")
 _TASKS = ("boolq", "cb", "copa", "multirc", "rte", "wic", "wsc")

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..training.config import BAD_RECORDS, TRUNCATIONS, TrainConfig
+from ..training.choices import BAD_RECORDS, TRUNCATIONS
+from ..training.config import TrainConfig
 from .quantities import at_least
 
 if TYPE_CHECKING:

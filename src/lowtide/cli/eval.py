@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.config import BAD_RECORDS, DTYPES, TRUNCATIONS
+from ..training.choices import BAD_RECORDS, DTYPES, TRUNCATIONS
 from .arguments import UsageError, positive_int, whole_number
 from .scores_file import ScoresFile
 

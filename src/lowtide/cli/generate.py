@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..training.config import DTYPES
+from ..training.choices import DTYPES
 from .arguments import UsageError, positive_int
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.config import DEFAULT_CLIP_GRAD_NORM, DTYPES, OPTIMIZERS, ROUNDINGS
+from ..training.choices import DEFAULT_CLIP_GRAD_NORM, DTYPES, OPTIMIZERS, ROUNDINGS
 from ..units import format_count
 from .arguments import UsageError
 from .plan_ranks import RankAnswer, add_rank_arguments, check_ranks, plan_ranks

@@ -10,7 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..training.config import GROUPS, TrainConfig
+from ..training.choices import GROUPS
+from ..training.config import TrainConfig
 from ..units import format_bytes, format_count, format_duration
 from .arguments import UsageError, add_dataclass_arguments, build_from_arguments
 from .live import ANY_PORT, live_report, port

@@ -10,35 +10,30 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..units import parse_bytes, parse_duration
-
-OPTIMIZERS = ("adalomo", "lomo", "adamw", "sgd")
-SCHEDULES = ("linear", "cosine", "constant")
-ROUNDINGS = ("stochastic", "compensated", "nearest")
-CLIPS = ("exact", "adaptive")
-BAD_RECORDS = ("refuse", "skip")
-TRUNCATIONS = ("end", "start")
-ON_SAVE_ERROR = ("continue", "stop")
-ON_BAD_STEPS = ("stop", "rollback")
-REDUCE_DTYPES = ("float32", "weights")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
-TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
-DTYPES = ("float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
-
-# The same rates serve float32 and 16-bit weights, because 16-bit weights are rounded stochastically: an update that is
-# smaller than the spacing of the numbers still counts on average. With rounding="nearest" it would be lost.
-# The steps of lomo and sgd are as long as the gradient; their rate is one for gradients clipped to norm 1, as in the LOMO paper,
-# and unclipped it diverges. Measured on SmolLM2-135M (docs/numerics.md); adamw's is the usual one and was not tuned.
-DEFAULT_LR = {"adalomo": 1e-3, "lomo": 0.1, "adamw": 2e-5, "sgd": 0.1}
-DEFAULT_CLIP_GRAD_NORM = {"lomo": 1.0, "sgd": 1.0}
-
-MODEL_AND_DATA = "model and data"
-OPTIMISATION = "optimisation"
-ADAPTERS = "adapters (LoRA)"
-MEMORY = "memory and speed"
-OUTPUT = "output"
-SAFETY = "checkpoints and bad steps"
-RANKS = "several processes (torchrun)"
-GROUPS = (MODEL_AND_DATA, OPTIMISATION, ADAPTERS, MEMORY, OUTPUT, SAFETY, RANKS)
+from .choices import (
+    ADAPTERS,
+    ATTENTIONS,
+    BAD_RECORDS,
+    CLIPS,
+    DEFAULT_CLIP_GRAD_NORM,
+    DEFAULT_LR,
+    DTYPES,
+    MEMORY,
+    MODEL_AND_DATA,
+    ON_BAD_STEPS,
+    ON_SAVE_ERROR,
+    OPTIMISATION,
+    OPTIMIZERS,
+    OUTPUT,
+    RANKS,
+    REDUCE_DTYPES,
+    ROUNDINGS,
+    SAFETY,
+    SCHEDULES,
+    TRACKERS,
+    TRUNCATIONS,
+    option,
+)
 
 # They may differ from those of the checkpoint that is resumed: the weights and losses are the same.
 FREE_TO_CHANGE = (
@@ -48,32 +43,6 @@ FREE_TO_CHANGE = (
 ABOUT_RESUMING = ("resume", "allow_changes")  # how a process began, not a setting of the run
 
 
-def _option(
-    group: str,
-    text: str,
-    choices: Sequence[str] = (),
-    metavar: str | None = None,
-    alone: str | None = None,
-    numbers: bool = False,
-    **default: Any,
-) -> Any:
-    """A field with what ``--help`` says about it.
-
-    Args:
-        group: of the help.
-        text: what it does.
-        choices: values it may have.
-        metavar: what stands for one.
-        alone: the value of the flag without one.
-        numbers: a number in a config file is taken for its text.
-        default: of the dataclass field.
-    """
-    metadata = {
-        "group": group, "help": text, "choices": tuple(choices), "metavar": metavar, "alone": alone, "numbers": numbers,
-    }  # fmt: skip
-    return dataclasses.field(metadata=metadata, **default)
-
-
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
     """What to train, on what, how and where to. Names are the same here, in a config file and (with dashes) as flags.
@@ -81,29 +50,29 @@ class TrainConfig:
     The description of every field is in its declaration below; ``validate`` says what is refused.
     """
 
-    model: str = _option(
+    model: str = option(
         MODEL_AND_DATA, "the model: a Hugging Face directory, a name on the Hugging Face hub, or a .gguf file"
     )
-    data: Sequence[str] = _option(
+    data: Sequence[str] = option(
         MODEL_AND_DATA,
         "training data, one or more files, directories or data sets of the hub (org/name[:config][@split]): plain text (.txt, .md), or JSONL, JSON, CSV, TSV "
         "or Parquet with `text`, `messages` or ShareGPT's `conversations` (only the assistant's turns are learnt), `prompt` and "
         "`completion` (only the completion is), or Alpaca's `instruction`, `input` and `output` (only the output is)",
         metavar="FILE",
     )
-    eval_data: Sequence[str] | None = _option(
+    eval_data: Sequence[str] | None = option(
         MODEL_AND_DATA,
         "held-out data in the same formats; without it a part of the training data is held out",
         metavar="FILE",
         default=None,
     )
-    eval_fraction: float = _option(
+    eval_fraction: float = option(
         MODEL_AND_DATA,
         "the share of the training records that is held out when there is no eval_data; 0 trains on all of them and "
         "evaluates nothing",
         default=0.05,
     )
-    task: str | None = _option(
+    task: str | None = option(
         MODEL_AND_DATA,
         "a multiple-choice task instead of records, like superglue/rte: data is then the directory with its official files, or "
         "aps/super_glue for the hub. Trained on the answers of at most 1000 examples; of others the accuracy is measured too. What is "
@@ -111,202 +80,202 @@ class TrainConfig:
         metavar="superglue/NAME",
         default=None,
     )
-    data_seed: int = _option(
+    data_seed: int = option(
         MODEL_AND_DATA,
         "decides what is held out of the data, and which examples of a task are drawn; runs that are to be compared or averaged have the "
         "same one, whatever their seed",
         default=0,
     )
-    bad_records: str = _option(
+    bad_records: str = option(
         MODEL_AND_DATA,
         "lines and rows of the data that are no usable record: refuse the file, or skip them, count them and say where they are",
         BAD_RECORDS,
         default="refuse",
     )
-    chat_template: str | None = _option(
+    chat_template: str | None = option(
         MODEL_AND_DATA,
         "a file with a chat template in Jinja, used instead of the model's own and saved with the trained model; default: the "
         "model's own",
         metavar="FILE",
         default=None,
     )
-    max_seq_len: int = _option(
+    max_seq_len: int = option(
         MODEL_AND_DATA, "tokens in a sequence at most; what is longer is cut into several or truncated", default=512
     )
-    truncation: str = _option(
+    truncation: str = option(
         MODEL_AND_DATA,
         "where prompts with completions and conversations that are too long are cut: at their end, which may cost the answer, or at their start",
         TRUNCATIONS,
         default="end",
     )
-    packing: bool | None = _option(
+    packing: bool | None = option(
         MODEL_AND_DATA,
         "fill every sequence with several documents, without attention from one to the other, instead of padding each; "
         "default: packing for text, padding for messages and prompts",
         default=None,
     )
-    data_cache: str | None = _option(
+    data_cache: str | None = option(
         MODEL_AND_DATA,
         "where tokenised data is kept for the next start, found again by its content: a directory, or none to keep it in memory; "
         "default: $LOWTIDE_CACHE, or lowtide's folder in the user's cache directory",
         metavar="DIR|none",
         default=None,
     )
-    data_cache_size: str = _option(
+    data_cache_size: str = option(
         MODEL_AND_DATA,
         "when the tokens kept in that directory take more than this, those used longest ago are removed; nothing else in it is touched",
         metavar="SIZE",
         default="20GiB",
     )
-    trust_remote_code: bool = _option(
+    trust_remote_code: bool = option(
         MODEL_AND_DATA, "run the Python code that comes with the model; only for sources that you trust", default=False
     )
 
-    optimizer: str = _option(
+    optimizer: str = option(
         OPTIMISATION,
         "adalomo and lomo keep next to no state; adamw and sgd are torch's own, run parameter by parameter in the "
         "backward pass",
         OPTIMIZERS,
         default="adalomo",
     )
-    lr: float | None = _option(
+    lr: float | None = option(
         OPTIMISATION,
         "highest learning rate; default: " + ", ".join(f"{rate:g} for {name}" for name, rate in DEFAULT_LR.items()),
         default=None,
     )
-    weight_decay: float = _option(
+    weight_decay: float = option(
         OPTIMISATION, "decoupled weight decay of the matrices (never of biases and norms)", default=0.0
     )
-    epochs: int | None = _option(
+    epochs: int | None = option(
         OPTIMISATION,
         "passes over the data; with max_steps too, training ends at whichever comes first; default: 1, or as many as "
         "max_steps needs",
         default=None,
     )
-    max_steps: int | None = _option(
+    max_steps: int | None = option(
         OPTIMISATION, "steps in all; without epochs the data is repeated as often as that takes", default=None
     )
-    batch_size: int = _option(OPTIMISATION, "sequences in a step", default=8)
-    schedule: str = _option(
+    batch_size: int = option(OPTIMISATION, "sequences in a step", default=8)
+    schedule: str = option(
         OPTIMISATION,
         "the learning rate after the warm-up: falls to 0 in a line or a half cosine, or stays",
         SCHEDULES,
         default="linear",
     )
-    warmup_ratio: float = _option(
+    warmup_ratio: float = option(
         OPTIMISATION, "the share of the steps in which the learning rate rises from 0 in a line", default=0.06
     )
-    clip_grad_norm: float | None = _option(
+    clip_grad_norm: float | None = option(
         OPTIMISATION,
         "the largest norm of the gradient over all parameters, 0 for no limit; default: "
         + ", ".join(f"{norm:g} for {name}" for name, norm in DEFAULT_CLIP_GRAD_NORM.items())
         + ", no limit for the others",
         default=None,
     )
-    clip: str = _option(
+    clip: str = option(
         OPTIMISATION,
         "how clip_grad_norm is kept: exact measures the norm first, in a backward pass of its own; adaptive does so in the "
         "first steps, and then holds each gradient to a little more than its own running norm, at no cost",
         CLIPS,
         default="exact",
     )
-    clip_warmup_steps: int = _option(OPTIMISATION, "steps that clip adaptive clips exactly", default=20)
-    clip_grad_value: float | None = _option(
+    clip_warmup_steps: int = option(OPTIMISATION, "steps that clip adaptive clips exactly", default=20)
+    clip_grad_value: float | None = option(
         OPTIMISATION, "the largest absolute value of a gradient's element; default: no limit", default=None
     )
-    seed: int = _option(OPTIMISATION, "decides the order of the data, dropout and stochastic rounding", default=0)
+    seed: int = option(OPTIMISATION, "decides the order of the data, dropout and stochastic rounding", default=0)
 
-    lora_rank: int = _option(
+    lora_rank: int = option(
         ADAPTERS,
         "add LoRA adapters of this rank, which adamw trains in the same backward pass as the optimizer trains the model's own weights "
         "(LoRA + LOMO); 0 for none. Needs pip install 'lowtide[lora]'",
         default=0,
     )
-    lora_alpha: int = _option(ADAPTERS, "what an adapter adds is multiplied with lora_alpha / lora_rank", default=16)
-    lora_dropout: float = _option(
+    lora_alpha: int = option(ADAPTERS, "what an adapter adds is multiplied with lora_alpha / lora_rank", default=16)
+    lora_dropout: float = option(
         ADAPTERS, "probability with which an input of an adapter is left out in training", default=0.0
     )
-    lora_targets: Sequence[str] | None = _option(
+    lora_targets: Sequence[str] | None = option(
         ADAPTERS,
         "layers that get an adapter, by the ends of their names, or all-linear; default: peft's for the architecture, mostly "
         "q_proj and v_proj",
         metavar="NAME",
         default=None,
     )
-    lora_lr: float = _option(
+    lora_lr: float = option(
         ADAPTERS, "highest learning rate of the adapters; they follow the same schedule", default=5e-4
     )
-    lora_only: bool = _option(
+    lora_only: bool = option(
         ADAPTERS,
         "train the adapters alone (plain LoRA): the model's own weights are frozen, so optimizer and lr are not used",
         default=False,
     )
 
-    weights: str = _option(
+    weights: str = option(
         MEMORY,
         "where the weights live: device; cpu, host memory, from which they visit the GPU layer by layer; or a new or empty directory "
         "for a working copy on disk, from which they visit whatever computes; auto asks the planner (see lowtide plan)",
         default="device",
         metavar="device|cpu|auto|DIR",
     )
-    micro_batch_size: int | None = _option(
+    micro_batch_size: int | None = option(
         MEMORY,
         "sequences that go through a layer at once; smaller needs less memory and changes nothing in the result; "
         "default: the whole batch",
         default=None,
     )
-    keep_activations: int | None = _option(
+    keep_activations: int | None = option(
         MEMORY,
         "layers whose activations are kept instead of being computed again: a step is up to a quarter shorter and takes their memory; a large "
         "number for all; default: none, or with weights auto as many as the planner finds room for",
         default=None,
         metavar="N",
     )
-    dtype: str = _option(MEMORY, "number format of the weights and of the computation", DTYPES[:3], default="bfloat16")
-    rounding: str | None = _option(
+    dtype: str = option(MEMORY, "number format of the weights and of the computation", DTYPES[:3], default="bfloat16")
+    rounding: str | None = option(
         MEMORY,
         "of updated 16-bit weights: stochastic, so that small updates count on average; compensated, exact at 2 more bytes a "
         "parameter; nearest, which loses small updates; default: stochastic",
         ROUNDINGS,
         default=None,
     )
-    clip_memory: str = _option(
+    clip_memory: str = option(
         MEMORY,
         "spare memory for gradients that exact clipping keeps between its two passes instead of computing them again, as a "
         "size like 2GiB; with room for all of them there is a single pass",
         default="0",
         metavar="SIZE",
     )
-    attention: str | None = _option(
+    attention: str | None = option(
         MEMORY,
         "how attention is computed, in the words of transformers; default: its choice, mostly sdpa. The flash ones have to be installed, "
         "and take packed sequences one at a time (micro_batch_size 1)",
         ATTENTIONS,
         default=None,
     )
-    device: str = _option(MEMORY, "auto (the GPU if there is one), cpu, cuda or cuda:N", default="auto")
-    threads: int | None = _option(MEMORY, "processor threads for the computation; default: torch decides", default=None)
+    device: str = option(MEMORY, "auto (the GPU if there is one), cpu, cuda or cuda:N", default="auto")
+    threads: int | None = option(MEMORY, "processor threads for the computation; default: torch decides", default=None)
 
-    output: str = _option(
+    output: str = option(
         OUTPUT,
         "a new or empty directory: the model is saved in its subdirectory model/, beside metrics.jsonl and config.yaml",
         metavar="DIR",
     )
-    eval_every: int | None = _option(
+    eval_every: int | None = option(
         OUTPUT,
         "evaluate every that many steps too; default: only before the first and after the last step",
         default=None,
     )
-    samples: int | None = _option(
+    samples: int | None = option(
         OUTPUT,
         "held-out prompts that the model answers before the first step and after the last, to be read in the report; default: 3, and "
         "none where weights live elsewhere, because every token of an answer reads all of them",
         default=None,
     )
-    log_every: int = _option(
+    log_every: int = option(
         OUTPUT, "steps between two lines of progress where the output is not a terminal", default=10
     )
-    track: Sequence[str] | None = _option(
+    track: Sequence[str] | None = option(
         OUTPUT,
         "where the numbers of the run go beside metrics.jsonl, one or more of "
         + ", ".join(TRACKERS)
@@ -316,7 +285,7 @@ class TrainConfig:
         default=None,
     )
 
-    save_every: str | None = _option(
+    save_every: str | None = option(
         SAFETY,
         "write a checkpoint after every so many steps, or after every such time, like 15m or 2h; default: only when the run is "
         "interrupted",
@@ -324,16 +293,16 @@ class TrainConfig:
         metavar="STEPS|TIME",
         numbers=True,
     )
-    keep_checkpoints: int = _option(
+    keep_checkpoints: int = option(
         SAFETY, "so many of the newest checkpoints are kept; an older one goes when a new one is on the disk", default=2
     )
-    on_save_error: str = _option(
+    on_save_error: str = option(
         SAFETY,
         "when a checkpoint cannot be written (disk full): go on without it, or stop",
         ON_SAVE_ERROR,
         default="continue",
     )
-    resume: str | None = _option(
+    resume: str | None = option(
         SAFETY,
         "go on from a checkpoint, bit for bit: latest is the newest whole one in the output directory; auto is the same, or the "
         "beginning if there is none; or the directory of a checkpoint; the flag alone means latest",
@@ -341,37 +310,37 @@ class TrainConfig:
         metavar="latest|auto|DIR",
         alone="latest",
     )
-    allow_changes: bool = _option(
+    allow_changes: bool = option(
         SAFETY, "resume although settings differ from those of the checkpoint, with the new ones", default=False
     )
-    spike_factor: float | None = _option(
+    spike_factor: float | None = option(
         SAFETY,
         "skip a step whose loss is more than so many times the average of the last 20 good ones; default: only steps that are "
         "not finite are skipped",
         default=None,
     )
-    max_bad_steps: int = _option(SAFETY, "so many skipped steps in a row are too many", default=10)
-    on_bad_steps: str = _option(
+    max_bad_steps: int = option(SAFETY, "so many skipped steps in a row are too many", default=10)
+    on_bad_steps: str = option(
         SAFETY,
         "what then: stop, or rollback to the last checkpoint and go on with the data behind the bad steps, three times at most",
         ON_BAD_STEPS,
         default="stop",
     )
 
-    ranks_per_node: int | None = _option(
+    ranks_per_node: int | None = option(
         RANKS,
         "spread the weights within groups of so many processes only, each with a whole copy; for machines that are connected slowly. "
         "Default: over all of them",
         default=None,
     )
-    reduce_dtype: str = _option(
+    reduce_dtype: str = option(
         RANKS,
         "in which gradients are added up over processes and micro-batches: float32, or weights for their own dtype, which is half as "
         "much to send where they are 16-bit",
         REDUCE_DTYPES,
         default="float32",
     )
-    rank_timeout: str = _option(
+    rank_timeout: str = option(
         RANKS,
         "how long a process waits for one that does not answer, like 10m; tokenising and saving must fit in it",
         default="30m",

@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Sequence
 
-from .config import (
+from .choices import (
     ADAPTERS,
     ATTENTIONS,
     BAD_RECORDS,
@@ -21,8 +21,8 @@ from .config import (
     SCHEDULES,
     TRACKERS,
     TRUNCATIONS,
-    TrainConfig,
 )
+from .config import TrainConfig
 
 
 def check(config: TrainConfig) -> None:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ..log import get_logger
-from .config import TRACKERS
+from .choices import TRACKERS
 from .events import Event
 
 _logger = get_logger(__name__)
