@@ -3,7 +3,7 @@
     PYTHONPATH=src python benchmarks/gpu/run.py [--parts parity resident ...] [--results FILE] [--minutes 9] [--again] [--rehearse]
 
 Needs no network and no weights: the models are LLaMA shapes filled with random numbers on the card. Each part runs in a process of
-its own and writes its rows as it goes, so that a part that fails, or a session that is cut, leaves what was done. Started again
+its own and writes its rows as it goes, so that a part that fails, or a run that is cut, leaves what was done. Started again
 with the same results file it does what is missing. --rehearse runs the same code on a CPU with tiny sizes.
 """
 

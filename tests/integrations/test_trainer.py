@@ -369,6 +369,21 @@ def test_the_default_rate_of_adamw_is_warned_of(model, arguments, rows, caplog):
     args = arguments(learning_rate=5e-5, max_steps=1)
     run(model, args, rows, {"optimizer": "adalomo"})
     assert "adalomo usually wants about 0.001" in caplog.text
+    assert "second backward pass" not in caplog.text  # these arguments do not clip
+
+
+@pytest.mark.parametrize(
+    ("norm", "options", "warned"),
+    [
+        (1.0, {"optimizer": "adalomo"}, True),
+        (1.0, {"optimizer": "adalomo", "clip": "adaptive"}, False),
+        (0.5, {"optimizer": "adalomo"}, False),
+        (1.0, {"optimizer": "lomo"}, False),
+    ],
+)
+def test_the_second_pass_that_adalomo_does_not_need_is_warned_of(model, arguments, rows, caplog, norm, options, warned):
+    run(model, arguments(max_grad_norm=norm, learning_rate=1e-3, max_steps=1), rows, options)
+    assert ("max_grad_norm=0 spares it" in caplog.text) == warned
 
 
 def test_accelerates_own_backward(model, rows):

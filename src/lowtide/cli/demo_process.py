@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .memory import lacks_memory
+
 
 class ProcessFailed(RuntimeError):
     """The process ended without a result; ``killed`` says that it was killed, which is how lack of memory shows."""
@@ -190,8 +192,7 @@ def main(task: str, result_file: Path) -> int:
     except Exception as error:  # whatever it is, the process that waits for the result has to say it
         if os.environ.get("LOWTIDE_DEBUG", "0") not in ("", "0"):
             raise
-        lacks_memory = isinstance(error, MemoryError) or "not enough memory" in str(error) or "alloc" in str(error)
-        result = {"error": str(error) or type(error).__name__, "out_of_memory": lacks_memory}
+        result = {"error": str(error) or type(error).__name__, "out_of_memory": lacks_memory(error)}
     result_file.write_text(json.dumps(result), encoding="utf-8")
     return 0
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 import signal
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from ..training.config import TrainConfig
 from ..units import format_bytes, format_count, format_duration
 from .arguments import UsageError, add_dataclass_arguments, build_from_arguments
 from .live import ANY_PORT, live_report, port
+from .memory import advice_when_memory_lacks
 
 if TYPE_CHECKING:
     from ..training import DryRun, Event, TrainResult
@@ -83,18 +84,24 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from ..training import dry_run
 
-        print(describe_dry_run(dry_run(config)), flush=True)
+        with advice_when_memory_lacks(config):
+            found = dry_run(config)
+        print(describe_dry_run(found), flush=True)
         return 0
     if args.find_lr:
         from .find_lr import run_find_lr
 
-        return run_find_lr(config, args)
+        with advice_when_memory_lacks(config):
+            return run_find_lr(config, args)
 
     def on_event(event: Event) -> None:
         if event["event"] == "config":
             print(describe_plan(config, event), flush=True)
 
-    with nullcontext() if args.live is None else live_report(Path(config.output), args.live):
+    live: AbstractContextManager[object] = (
+        nullcontext() if args.live is None else live_report(Path(config.output), args.live)
+    )
+    with live, advice_when_memory_lacks(config):
         result = train(config, on_event=on_event)
     if os.environ.get("RANK", "0") == "0":
         print(describe_result(result), flush=True)

@@ -39,6 +39,7 @@ _logger = get_logger(__name__)
 OPTIMIZERS = ("adalomo", "lomo", "adamw", "sgd")
 ENGINE_FILE = "lowtide_engine.json"
 _DEFAULT_LR_OF_ARGUMENTS = 5e-5
+_DEFAULT_NORM_OF_ARGUMENTS = 1.0
 _USUAL_LR = {"adalomo": 1e-3, "lomo": 0.1}
 
 
@@ -246,6 +247,11 @@ class _Fused:
                 name,
                 _USUAL_LR[name],
             )
+        if name == "adalomo" and args.max_grad_norm == _DEFAULT_NORM_OF_ARGUMENTS and self._clips_in_two_passes():
+            _logger.warning(
+                "max_grad_norm is TrainingArguments' default of 1: clipping by it takes a second backward pass in every step, and adalomo, "
+                "which bounds its own steps, does not need it; max_grad_norm=0 spares it"
+            )
         rounded: dict[str, Any] = {"lr": args.learning_rate, "rounding": self.rounding, "rounding_seed": args.seed}
         if name in ("lomo", "adalomo"):
             return (Lomo if name == "lomo" else AdaLomo)(groups, **rounded)
@@ -253,6 +259,9 @@ class _Fused:
             return PerParameter(torch.optim.SGD, groups, **rounded)
         betas = (args.adam_beta1, args.adam_beta2)
         return PerParameter(torch.optim.AdamW, groups, betas=betas, eps=args.adam_epsilon, **rounded)
+
+    def _clips_in_two_passes(self) -> bool:
+        return self.options.get("clip", "exact") == "exact" and not self.options.get("clip_memory_bytes")
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """In the place of ``Accelerator.backward``."""
