@@ -144,3 +144,17 @@ def test_the_nearest_is_found_for_flags_and_names():
     assert nearest("--max-item", ["--max-items", "--name"]) == " (did you mean --max-items?)"
     assert nearest("--learning-rate", ["--lr"]) == " (did you mean --lr?)"
     assert nearest("zzz", ["lr"]) == ""
+
+
+def test_none_is_a_word_where_a_setting_has_it(tmp_path):
+    from lowtide.training.config import TrainConfig
+
+    parser = Parser(prog="lowtide")
+    add_dataclass_arguments(parser, TrainConfig)
+    words = ["--model", "m", "--data", "d", "--output", "o"]
+    config = build_from_arguments(TrainConfig, parser.parse_args([*words, "--data-cache", "none", "--task", "none"]))
+    assert config.data_cache == "none" and config.task is None
+    (tmp_path / "c.yaml").write_text("data_cache: none\n")
+    config = build_from_arguments(TrainConfig, parser.parse_args([*words, "--config", str(tmp_path / "c.yaml")]))
+    assert config.data_cache == "none"
+    assert build_from_arguments(TrainConfig, parser.parse_args(words)).data_cache is None

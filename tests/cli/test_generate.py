@@ -125,3 +125,12 @@ def test_bad_models_are_one_line(lowtide, base_dir, tmp_path):
         assert result.code in (1, 2)
         assert len(result.err) == 1
         assert message in result.err[0]
+
+
+def test_a_template_that_refuses_is_one_line(lowtide, tmp_path):
+    directory = save_tiny_model(tmp_path / "model")
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    (directory / "chat_template.jinja").write_text(template)
+    result = lowtide("generate", "--model", directory, "--prompt", "a", "--system", "b", "--device", "cpu")
+    assert result.code == 2 and len(result.err) == 1
+    assert "refuses these messages (system, user): System role not supported; leave out --system" in result.err[0]

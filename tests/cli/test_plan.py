@@ -159,6 +159,7 @@ def test_gpus_that_hold_together_what_one_cannot(lowtide, config_dir, tmp_path):
         (("--ranks", "8"), 2, "--batch-size is that of all ranks together, and 4 cannot be shared by 8"),
         (("--ranks", "4", "--ranks-per-node", "3"), 2, "--ranks 4 cannot be divided into groups of --ranks-per-node 3"),
         (("--ranks", "4", "--node-bandwidth", "1GB/s"), 2, "--node-bandwidth is between groups, and there is one"),
+        (("--ranks", "4", "--keep-activations", "2"), 2, "--keep-activations is for one process"),
         (("--link-bandwidth", "1GB/s"), 2, "--link-bandwidth means nothing without --ranks"),
         (("--ranks", "4", "--link-bandwidth", "fast"), 2, "'fast' is not a rate; write it like 12GB/s"),
     ],

@@ -1,15 +1,17 @@
 """The choice of attention. Flash attention needs a card, so a plain twin of its two functions stands in for the package."""
 
 import itertools
+import signal
 
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
+from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoTokenizer
 
 from lowtide.models import load_model, set_attention
-from lowtide.training import train
+from lowtide.training import TrainConfig, train
 from lowtide.training.data import load_data
 from lowtide.training.setup import without_cache
 from tiny_files import write_jsonl
@@ -110,6 +112,22 @@ def test_packed_loss_is_the_padded_one(text_config, twin, model_dir):
     expected = sums[False, "sdpa"]
     for found in sums.values():
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_packed_run_is_resumed(text_config, twin):
+    """Its rows go through a layer one at a time, which nobody has set."""
+    settings = {"attention": "flash_attention_2", "packing": True, "eval_fraction": 0, "batch_size": 2}
+    config = text_config("parts", **settings)
+
+    def interrupt(event):
+        if event["event"] == "train" and event["step"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    assert train(config, on_event=interrupt, show_progress=False).interrupted
+    parts = train(TrainConfig(**{**config.to_dict(), "resume": "latest"}), show_progress=False)
+    whole = train(text_config("whole", **settings), show_progress=False)
+    first, second = (load_file(each.model_dir / "model.safetensors") for each in (parts, whole))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_several_rows_at_once_are_refused_for_packed_sequences(text_config, twin):

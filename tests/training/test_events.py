@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 
 import pytest
 
@@ -21,6 +23,43 @@ def test_not_a_number_becomes_null_at_any_depth(tmp_path):
     with EventLog(tmp_path / "m.jsonl") as log:
         log({"event": "x", "loss": math.nan, "deep": {"list": [math.inf, (-math.inf, 1.0)]}})
     assert read_events(tmp_path / "m.jsonl") == [{"event": "x", "loss": None, "deep": {"list": [None, [None, 1.0]]}}]
+
+
+def test_what_cannot_be_written_waits(tmp_path, caplog):
+    """A disk that takes a part of a line, then nothing, then everything again."""
+
+    class Disk:
+        def __init__(self, file):
+            self.file, self.room = file, 10**9
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = self.file.write(data[: self.room])
+            self.room -= written
+            return written
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    path = tmp_path / "m.jsonl"
+    log = EventLog(path)
+    log._file = disk = Disk(log._file)
+    log({"step": 1})
+    disk.room = 3
+    for step in (2, 3):
+        log({"step": step})
+    with pytest.raises(OSError, match="No space"):
+        log.position()
+    assert caplog.text.count("waits in memory") == 1 and path.read_text().startswith('{"step": 1}\n{"s')
+    disk.room = 10**9
+    log({"step": 4})
+    assert log.position() == path.stat().st_size
+    assert [event["step"] for event in read_events(path)] == [1, 2, 3, 4]
+    disk.room = 0
+    log({"step": 5})
+    log.close()
+    assert "could not be written to its end" in caplog.text and len(read_events(path)) == 4
 
 
 def test_never_overwrites(tmp_path):

@@ -401,6 +401,58 @@ def test_the_planners_micro_batch_stays(make, monkeypatch):
     assert asked == [None, 6]
 
 
+def few_at_a_time(monkeypatch, size):
+    """A planner that lets so many sequences through a layer at once, unless it is told how many."""
+    import dataclasses
+
+    from lowtide.training import run as run_module
+
+    original = run_module.plan_placement
+
+    def plan(config, *arguments):
+        found = original(config, *arguments)
+        asked = config.micro_batch_size or size
+        return dataclasses.replace(
+            found, micro_batch_size=asked if asked < config.batch_size else None, keep_activations=0
+        )
+
+    monkeypatch.setattr(run_module, "plan_placement", plan)
+
+
+@pytest.mark.parametrize("home", ["device", "cpu"])
+def test_the_planners_micro_batch_stays_when_the_home_is_named(make, monkeypatch, home):
+    stream_on_cpu(monkeypatch)
+    few_at_a_time(monkeypatch, 2)
+    whole = run(make("whole", weights="auto"))
+    config = make("out", weights="auto")
+    run(config, stop_after=2)
+    result = run(TrainConfig(**{**config.to_dict(), "weights": home, "resume": "latest"}))
+    assert same_weights(result.model_dir, whole.model_dir)
+
+
+def test_another_micro_batch_may_be_asked_for(make, monkeypatch):
+    """After a run that ran out of memory, say."""
+    few_at_a_time(monkeypatch, 3)
+    config = make("out", weights="auto", save_every="2")
+    run(config, stop_after=4)
+    changed = TrainConfig(
+        **{**config.to_dict(), "resume": "latest", "allow_changes": True, "micro_batch_size": 1, "max_steps": 9}
+    )
+    result = run(changed, stop_after=8)
+    state = json.loads((result.output / "checkpoints" / "step-00000008" / "training" / "state.json").read_text())
+    assert state["micro_batch_size"] == 1
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 2}, {"max_steps": None, "epochs": 1, "batch_size": 60}])
+def test_a_run_that_would_have_ended_before_is_refused_and_nothing_is_touched(make, changes):
+    config = make("out")
+    result = run(config, stop_after=4)
+    before = {path: path.read_bytes() for path in result.output.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="is that of step 4, and with these settings the whole run has"):
+        run(TrainConfig(**{**config.to_dict(), "resume": "latest", "allow_changes": True, **changes}))
+    assert {path: path.read_bytes() for path in result.output.rglob("*") if path.is_file()} == before
+
+
 def test_a_working_copy_that_was_left_whole_is_kept_aside(make, tmp_path):
     """An error outside of a step leaves one; a resumed run needs the place, and deletes nothing."""
 
@@ -414,6 +466,15 @@ def test_a_working_copy_that_was_left_whole_is_kept_aside(make, tmp_path):
     assert (tmp_path / "w").is_dir()
     result = run(TrainConfig(**{**config.to_dict(), "resume": "latest"}))
     assert result.num_steps == NUM_STEPS and (tmp_path / "w.kept-0").is_dir() and not (tmp_path / "w").exists()
+
+
+def test_a_resume_that_is_refused_leaves_no_working_copy(make, tmp_path):
+    """It had been made before the data was compared; the checkpoint has the weights."""
+    config = make("out", weights=str(tmp_path / "w"))
+    run(config, stop_after=2)
+    with pytest.raises(ValueError, match="the whole run has 1 "):
+        run(TrainConfig(**{**config.to_dict(), "resume": "latest", "allow_changes": True, "max_steps": 1}))
+    assert not list(tmp_path.glob("w*"))
 
 
 def test_a_directory_that_a_killed_start_left_behind_is_taken(make, tmp_path):

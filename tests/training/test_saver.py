@@ -1,7 +1,9 @@
 """Checkpoints that cannot be written, and steps that should not be taken."""
 
+import contextlib
 import errno
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -98,6 +100,26 @@ def test_a_disk_that_really_fills_up(make_config, small_disk, caplog, monkeypatc
     assert (result.model_dir / "model.safetensors").is_file()
 
 
+def test_the_log_outlives_a_full_disk(make_config, small_disk, caplog, monkeypatch):
+    """Not even a line fits for some steps; nothing of it is missing in the end."""
+    monkeypatch.setattr("lowtide.training.run.check_disk", lambda *args: None)
+    ballast = small_disk / "ballast"
+
+    def others(event):
+        if event["event"] == "train" and event["step"] == 3:
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(b"x" * 4096):
+                    pass
+        if event["event"] == "train" and event["step"] == 60:
+            ballast.unlink()
+
+    config = make_config(save_every="20", max_steps=64, output=str(small_disk / "out"), lr=0.01)
+    result = train(config, on_event=others, show_progress=False)
+    assert "metrics.jsonl cannot be written" in caplog.text and "of step 20 could not be written" in caplog.text
+    steps = [event["step"] for event in read_events(result.output / "metrics.jsonl", "train")]
+    assert steps == list(range(1, 65)) and names(result.output) == ["step-00000060"]
+
+
 def test_no_room_is_said_before_training(make_config, monkeypatch):
     import shutil
     from collections import namedtuple
@@ -149,6 +171,20 @@ def test_rolling_back_goes_on_behind_the_bad_data(make_config, monkeypatch, capl
     assert steps[:8] == [(1, False), (2, False), (3, False), (4, False), (5, False), (6, True), (7, True), (8, True)]
     assert steps[8:10] == [(5, True), (6, False)], "batch 9 is bad, too, and skipped"
     assert steps[-1] == (12, False)
+
+
+def test_a_signal_in_the_step_that_would_be_rolled_back_stops_the_run(make_config, monkeypatch):
+    broken_between(monkeypatch, 6, 8)
+    config = make_config(save_every="4", max_steps=12, max_bad_steps=3, on_bad_steps="rollback")
+
+    def interrupt(event):
+        if event["event"] == "train" and event["step"] == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped = train(config, on_event=interrupt, show_progress=False)
+    assert stopped.interrupted and stopped.num_steps == 8
+    result = train(TrainConfig(**{**config.to_dict(), "resume": "latest"}), show_progress=False)
+    assert result.num_steps == 12 and result.num_skipped == 3
 
 
 def test_rolling_back_again_and_again_ends(make_config, monkeypatch):

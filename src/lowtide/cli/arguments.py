@@ -148,6 +148,8 @@ def convert(cls: type, name: str, value: Any) -> Any:
     kind, optional, many = _kind_of(cls, name)
     if isinstance(value, int) and not isinstance(value, bool) and _metadata(cls, name).get("numbers"):
         value = str(value)
+    if isinstance(value, str) and value in _metadata(cls, name).get("words", ()):
+        return value
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
         if optional:
             return None

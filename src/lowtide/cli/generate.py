@@ -115,8 +115,18 @@ class Speaker:
         return sys.maxsize if limit is None else max(1, limit - self.max_new_tokens)
 
     def encode(self, messages: list[dict[str, str]]) -> Any:
-        """The messages as the chat template writes them, ready for an answer: int64 [1, S]."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        """The messages as the chat template writes them, ready for an answer: int64 [1, S].
+
+        Raises:
+            ValueError: the template refuses them.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise jinja2's errors, transformers its own
+            roles = ", ".join(message["role"] for message in messages)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            hint = "; leave out --system" if messages[0]["role"] == "system" else ""
+            raise ValueError(f"the model's chat template refuses these messages ({roles}): {reason}{hint}") from error
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
     def answer(self, messages: list[dict[str, str]]) -> str:

@@ -60,6 +60,8 @@ def check_ranks(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} means nothing without --ranks")
         return
+    if args.keep_activations:
+        raise UsageError("--keep-activations is for one process, as in lowtide train: leave it out with --ranks")
     if args.batch_size < args.ranks:
         raise UsageError(
             f"--batch-size is that of all ranks together, and {args.batch_size} cannot be shared by {args.ranks}: raise it"

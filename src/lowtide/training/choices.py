@@ -46,6 +46,7 @@ def option(
     metavar: str | None = None,
     alone: str | None = None,
     numbers: bool = False,
+    words: Sequence[str] = (),
     **default: Any,
 ) -> Any:
     """A field with what ``--help`` says about it.
@@ -57,9 +58,11 @@ def option(
         metavar: what stands for one.
         alone: the value of the flag without one.
         numbers: a number in a config file is taken for its text.
+        words: text that is taken as it stands, where "none" would mean that there is no value.
         default: of the dataclass field.
     """
     metadata = {
         "group": group, "help": text, "choices": tuple(choices), "metavar": metavar, "alone": alone, "numbers": numbers,
+        "words": tuple(words),
     }  # fmt: skip
     return dataclasses.field(metadata=metadata, **default)

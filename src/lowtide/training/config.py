@@ -119,6 +119,7 @@ class TrainConfig:
         "where tokenised data is kept for the next start, found again by its content: a directory, or none to keep it in memory; "
         "default: $LOWTIDE_CACHE, or lowtide's folder in the user's cache directory",
         metavar="DIR|none",
+        words=("none",),
         default=None,
     )
     data_cache_size: str = option(

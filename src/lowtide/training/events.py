@@ -33,6 +33,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from ..log import get_logger
+
+_logger = get_logger(__name__)
+
 # Bytes by which a file is known again; every event has its time in them.
 _TAIL = 512
 
@@ -43,7 +47,8 @@ Listener = Callable[[Event], None]
 class EventLog:
     """Writes every event as one line of JSON, at once, so that a crash leaves a readable file.
 
-    The file is locked as long as it is open, where the operating system has locks: two runs never write into one.
+    The file is locked as long as it is open, where the operating system has locks: two runs never write into one. Lines that cannot be
+    written (the disk is full) wait in memory for the next one, and training goes on.
 
     Args:
         path: file to write. It must not exist yet, unless ``existing`` says that it may.
@@ -55,19 +60,24 @@ class EventLog:
 
     def __init__(self, path: Path, existing: bool = False) -> None:
         self.path = path
-        self._file: IO[str] = path.open("a" if existing else "x", encoding="utf-8")
+        self._file = path.open("ab" if existing else "xb", buffering=0)
+        self._waiting = b""
+        self._told = False
         self._lock()
 
     def cut(self, position: int) -> None:
         """Keep the first so many bytes only: what follows them will be written anew."""
-        self._file.flush()
         if position < self._file.tell():
             self._file.truncate(position)
             self._file.seek(0, os.SEEK_END)
 
     def position(self) -> int:
-        """Bytes of the file, which are on the disk when this returns."""
-        self._file.flush()
+        """Bytes of the file, which are on the disk when this returns.
+
+        Raises:
+            OSError: it could not be written, or not as a whole.
+        """
+        self._write()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -86,13 +96,33 @@ class EventLog:
 
     def __call__(self, event: Event) -> None:
         """Append one event. Not a number and infinity become null, because JSON has neither."""
-        self._file.write(json.dumps(finite(event), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(finite(event), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        try:
+            self._write()
+        except OSError as error:
+            if not self._told:
+                _logger.warning(
+                    "%s cannot be written (%s): what belongs there waits in memory, and training goes on",
+                    self.path,
+                    error,
+                )
+            self._told = True
+
+    def _write(self) -> None:
+        """What waits. A write may take a part of it, where a disk has room for no more."""
+        while self._waiting:
+            written = self._file.write(self._waiting)
+            self._waiting = self._waiting[written or 0 :]
+        self._told = False
 
     def close(self) -> None:
-        """Close the file, which is on the disk then; the log takes no more events."""
-        if not self._file.closed:
+        """Close the file, which is on the disk then, or a warning says that it is not; the log takes no more events."""
+        if self._file.closed:
+            return
+        try:
             self.position()
+        except OSError as error:
+            _logger.warning("%s could not be written to its end: %s", self.path, error)
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -80,6 +80,8 @@ def place_as_set(config: TrainConfig, sharded: bool = False) -> Placement:
                 "flash attention, or the checkpoint's micro-batches): leave it out"
             )
         micro = None
+    if micro is not None and micro >= config.batch_size:
+        micro = None
     return Placement(weights, micro, "device", config.clip_memory_bytes, kept, directory)
 
 

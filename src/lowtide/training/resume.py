@@ -143,6 +143,20 @@ def changed_settings(config: TrainConfig, saved: dict[str, Any]) -> dict[str, st
     }
 
 
+def micro_batch_size_of(config: TrainConfig, state: dict[str, Any]) -> int | None:
+    """Of a run that goes on from a checkpoint: what it was, whoever had chosen it, unless the setting was changed since.
+
+    Args:
+        config: the settings now.
+        state: of the checkpoint.
+    """
+    was = state["config"]
+    if any(getattr(config, name) != was.get(name) for name in ("micro_batch_size", "batch_size")):
+        return config.micro_batch_size
+    found: int | None = state["micro_batch_size"]
+    return found or config.batch_size
+
+
 def _split_itself(saved: dict[str, Any]) -> bool:
     """Whether what the run held out was drawn by it."""
     return saved.get("task") is not None or (saved.get("eval_data") is None and saved.get("eval_fraction") != 0)
@@ -188,7 +202,7 @@ def restore(run: Run, checkpoint: Checkpoint, skip_to_batch: int | None = None) 
         skip_to_batch: batches of the data up to this one are passed over.
 
     Raises:
-        ValueError: the data is not the same, or the state is that of another model.
+        ValueError: the data is not the same, the run would have ended before, or the state is that of another model.
     """
     state = checkpoint.state
     fingerprint = run.data.train.fingerprint
@@ -202,6 +216,11 @@ def restore(run: Run, checkpoint: Checkpoint, skip_to_batch: int | None = None) 
         raise ValueError(
             f"an epoch has {now} steps and had {was} in {checkpoint.path}: the examples go into other rows than then (packed or one a row), so "
             "the run would not be the same; begin anew, or allow the change with --allow-changes"
+        )
+    if state["step"] > run.num_steps:
+        raise ValueError(
+            f"{checkpoint.path} is that of step {state['step']}, and with these settings the whole run has {run.num_steps} "
+            "(max_steps, epochs, batch_size, data): raise them, or take the checkpoint for the model that it is"
         )
     _load_optimizers(run, checkpoint)
     run.engine.load_state_dict(state["engine"])

@@ -36,7 +36,7 @@ from .memory_trace import TRACED_STEP, MemoryTrace
 from .packing import exact_rows
 from .planned import Placement, place_as_set, plan_placement, predicted_by_kind
 from .report import Reporter, count_tokens, program_bytes
-from .resume import versions
+from .resume import micro_batch_size_of, versions
 from .schedule import make_schedule
 from .setup import check_disk, count_steps, resolve_device
 from .together import on_all, on_first, one_after_another, own_rows, random_seed, same_everywhere
@@ -204,8 +204,9 @@ def prepare(
     if (
         checkpoint is not None
     ):  # a planner with other free memory must not choose other micro-batches: their sums differ
-        micro = checkpoint.state["micro_batch_size"] or config.batch_size
-        loaded = dataclasses.replace(config, model=str(checkpoint.path), micro_batch_size=micro)
+        loaded = dataclasses.replace(
+            config, model=str(checkpoint.path), micro_batch_size=micro_batch_size_of(config, checkpoint.state)
+        )
     trusted = config.trust_remote_code
 
     def look() -> tuple[TrainInputs, PreTrainedTokenizerBase]:
@@ -216,12 +217,11 @@ def prepare(
 
     found, tokenizer = on_all(ranks, look)
     data = one_after_another(ranks, lambda: load_data(config, tokenizer, found, show_progress=show_progress))
-    config, loaded = (
-        dataclasses.replace(each, micro_batch_size=each.rows_at_once(data.train.packing)) for each in (config, loaded)
-    )
+    # The settings of the run stay as they are: they are compared when it is resumed.
+    loaded = dataclasses.replace(loaded, micro_batch_size=loaded.rows_at_once(data.train.packing))
     sharded = ranks.size > 1
     planned = config.weights == "auto" and not sharded
-    placement = plan_placement(loaded, device, output) if planned else place_as_set(config, sharded=sharded)
+    placement = plan_placement(loaded, device, output) if planned else place_as_set(loaded, sharded=sharded)
     dtype = parse_dtype(config.dtype)
     if model is None:
         lazy = placement.streamed or sharded

@@ -15,7 +15,7 @@ from .checkpoint import FOLDER, in_file_order, keep_newest, list_checkpoints, wr
 from .events import EventLog
 from .resume import state_of
 from .setup import with_own_cache
-from .together import written_by_first
+from .together import OtherRankError, on_first, written_by_first
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +93,7 @@ class Saver:
         loss_before = None if self.loss_before is None else dataclasses.asdict(self.loss_before)
         tensors, state = state_of(
             run,
-            metrics_bytes=self.log.position() if self.log else 0,
+            metrics_bytes=self._log_position(),
             loss_before=loss_before,
             recent_losses=list(self.guard.recent),
             owes_evaluation=interrupted and run.evaluation_is_due(),  # who interrupts does not want to wait for it
@@ -119,5 +119,12 @@ class Saver:
             seconds = time.perf_counter() - start
             run.report.checkpoint(path=str(target), seconds=seconds, num_bytes=num_bytes, interrupted=interrupted)
         return target
+
+    def _log_position(self) -> int:
+        """Where the log stands; all ranks know if it cannot be written, so that none waits for a checkpoint that will not be."""
+        try:
+            return on_first(self.run.ranks, lambda: self.log.position() if self.log else 0) or 0
+        except OtherRankError as failed:
+            raise OSError(str(failed)) from failed
 
     _wrote: Path | None = None

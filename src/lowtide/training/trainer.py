@@ -128,8 +128,14 @@ def _run(
     """
     run = prepare(config, output, checkpoint=checkpoint, show_progress=show_progress, ranks=ranks)
     with ExitStack() as stack:
-        # After an error the working copy may be all that is left of the weights; a rollback has a checkpoint.
-        stack.push(lambda kind, *_: run.engine.remove(keep_copy=kind not in (None, RollBack)))
+        first_step = 0 if checkpoint is None else checkpoint.step
+
+        def remove_engine(kind: type[BaseException] | None, *_: object) -> None:
+            # After an error the working copy may be all that is left of the weights; a rollback has a checkpoint, and before the
+            # first step they are still where they were loaded from.
+            run.engine.remove(keep_copy=kind not in (None, RollBack) and run.report.num_steps > first_step)
+
+        stack.push(remove_engine)
         guard = SpikeGuard(config.spike_factor, checkpoint.state["recent_losses"] if checkpoint else ())
         if checkpoint is not None:
             restore(run, checkpoint, skip_to)
@@ -220,8 +226,8 @@ def _run_steps(run: Run, saver: Saver) -> None:
         report.step(run.num_tokens, value, **rates, epoch=epoch, **(SPIKE if spike else outcome(engine)))
         if trace is not None:
             report.memory(trace.to_event(), batch["input_ids"].numel())
-        _look_at(run, saver, value)
         stop, save = run.asked(saver.is_due())
+        _look_at(run, saver, value, stop)
         if stop:
             break
         if run.evaluation_is_due():
@@ -230,8 +236,8 @@ def _run_steps(run: Run, saver: Saver) -> None:
             saver.save_or_go_on()
 
 
-def _look_at(run: Run, saver: Saver, loss: float) -> None:
-    """After a step: whether too many in a row were bad.
+def _look_at(run: Run, saver: Saver, loss: float, stop: bool) -> None:
+    """After a step: whether too many in a row were bad. A run that is to stop is not rolled back: that is done when it is resumed.
 
     Raises:
         RollBack, TooManyBadStepsError: they were.
@@ -239,7 +245,7 @@ def _look_at(run: Run, saver: Saver, loss: float) -> None:
     num_bad = run.report.num_skipped_in_a_row
     if num_bad == 0:
         saver.guard.took(loss)
-    if num_bad < run.config.max_bad_steps:
+    if num_bad < run.config.max_bad_steps or (stop and run.config.on_bad_steps == "rollback"):
         return
     newest = saver.newest()
     message = too_many(run.config, run.report.num_steps, num_bad, None if newest is None else str(newest))
