@@ -187,6 +187,30 @@ def test_gradients_are_not_looked_at_one_by_one_on_an_accelerator(clip):
     assert not torch.equal(first, kept["model.layers.0.mlp.up_proj.weight"])
 
 
+def test_a_torch_optimizer_does_not_move_by_its_momentum_there():
+    """It is told on the host, as it would use a gradient of zeros, and count a step."""
+    model = tiny_model()
+    optimizer = lowtide.PerParameter(torch.optim.AdamW, model.parameters(), lr=0.01, weight_decay=0.1)
+    engine = lowtide.fuse(model, optimizer)
+    engine._reads_norms = False
+    engine.backward(model(**tiny_batch()).loss)
+    optimizer.step()
+    before = Snapshot(model)
+    model.model.layers[1].mlp.up_proj.weight.register_hook(lambda grad: grad * math.nan)
+    engine.backward(model(**tiny_batch(1)).loss)
+    optimizer.step()
+    assert engine.step_partial and not engine.step_skipped
+    names = [name for name, _ in model.named_parameters()]
+    kept = dict(zip(names, before.parameters(), strict=True))
+    for name, param in model.named_parameters():
+        changed = name.startswith(("model.layers.2.", "model.norm"))
+        in_the_same_layer = name.startswith("model.layers.1.")  # some come before it
+        assert in_the_same_layer or (changed != torch.equal(param, kept[name])), name
+        assert in_the_same_layer or optimizer.state[param]["step"] == (2 if changed else 1), name
+    broken = model.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(broken, kept["model.layers.1.mlp.up_proj.weight"]) and optimizer.state[broken]["step"] == 1
+
+
 def test_both_paths_give_the_same_weights():
     models = []
     for reads in (True, False):

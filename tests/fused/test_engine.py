@@ -439,6 +439,48 @@ def test_a_regulariser_on_block_weights_is_explained():
     assert same_weights(model, plain)
 
 
+def test_a_loss_that_is_not_finite_after_a_partial_step_is_a_skipped_one():
+    model, optimizer, engine = setup()
+    handle = model.model.layers[1].mlp.up_proj.weight.register_hook(lambda grad: grad * float("nan"))
+    engine.backward(model(**tiny_batch()).loss)
+    optimizer.step()
+    assert engine.step_partial
+    handle.remove()
+    engine.backward(model(**tiny_batch()).loss * float("nan"))
+    assert engine.step_skipped and not engine.step_partial
+
+
+def test_the_state_of_an_earlier_step_is_loaded_into_an_engine_in_use():
+    model, optimizer, engine = setup()
+    engine.backward(model(**tiny_batch()).loss)
+    optimizer.step()
+    saved, weights = engine.state_dict(), {name: value.clone() for name, value in model.state_dict().items()}
+    results = []
+    for _ in range(2):
+        engine.backward(model(**tiny_batch(1)).loss)
+        optimizer.step()
+        results.append(Snapshot(model))
+        engine.load_state_dict(saved)
+        model.load_state_dict(weights)
+    assert same_weights(*results)
+
+
+def test_the_cache_of_autocast_gets_no_copy_of_a_weight():
+    """It would hold 16-bit copies of all weights until the context is left."""
+    model, optimizer, engine = setup()
+    seen = []
+    handle = model.model.layers[1].mlp.register_forward_hook(
+        lambda *_: seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**tiny_batch()).loss
+        assert torch.is_autocast_cache_enabled()
+    engine.backward(loss)
+    optimizer.step()
+    handle.remove()
+    assert seen == [(True, False)] * 2
+
+
 def test_a_gradient_that_is_not_finite_is_reported():
     model, _, engine = setup()
     broken = model.model.layers[1].mlp.up_proj.weight

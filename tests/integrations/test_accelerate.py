@@ -148,6 +148,8 @@ def test_afterwards_all_are_ordinary_again():
 def test_what_cannot_work_is_refused():
     model = tiny_model()
     optimizer = Lomo(model.parameters(), lr=LR)
+    with pytest.raises(ValueError, match="weights that live elsewhere"):
+        fuse_accelerator(Accelerator(cpu=True), model, optimizer, weights="./somewhere")
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps=4 .* micro_batch_size"):
         fuse_accelerator(Accelerator(cpu=True, gradient_accumulation_steps=4), model, optimizer)
     accelerator = Accelerator(cpu=True)

@@ -179,6 +179,13 @@ def test_kept_logits_go_with_the_backward_pass_and_none_wait_without_one():
     torch.testing.assert_close(weight.grad, 2 * first, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("label", [-1, 7, 2**31])
+def test_a_label_that_is_no_token_is_refused(label):
+    hidden, weight, labels = torch.randn(2, 3, 4), torch.randn(7, 4), torch.tensor([[0, 6, -100], [1, label, 2]])
+    with pytest.raises(ValueError, match=f"labels hold {label}, and the vocabulary has 7 entries"):
+        linear_cross_entropy(hidden, weight, labels)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="shapes"):
         linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long))

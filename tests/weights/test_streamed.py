@@ -254,3 +254,47 @@ def test_a_module_without_blocks_cannot_be_streamed(tmp_path):
     with pytest.raises(ValueError, match="only live elsewhere in blocks"):
         lowtide.fuse(net, lowtide.Lomo(net.parameters()), weights=tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
+
+
+def test_a_home_that_cannot_be_made_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    """Weights that had moved to another home by then come back, and the next attempt finds them."""
+    stream_on_cpu(monkeypatch)
+    model, twin = tiny_model(), tiny_model()
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").write_text("mine")
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.1)
+    with pytest.raises(FileExistsError):
+        lowtide.fuse(model, optimizer, weights={"": "cpu", "model.layers.1": full})
+    assert same_weights(model, twin) and [path.name for path in full.iterdir()] == ["file"]
+    homes = {"": "cpu", "model.layers.1": tmp_path / "w"}
+    original, calls = torch.Tensor.to, []
+
+    def no_room(self, *args, **kwargs):
+        calls.append(self)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lowtide.weights.placing._fill", fill_and_then(no_room, monkeypatch))
+    with pytest.raises(torch.OutOfMemoryError):
+        lowtide.fuse(model, optimizer, weights=homes)
+    monkeypatch.undo()
+    stream_on_cpu(monkeypatch)
+    assert torch.Tensor.to is original and calls
+    assert same_weights(model, twin) and not (tmp_path / "w").exists()
+    engine = lowtide.fuse(model, optimizer, weights=homes)
+    engine.backward(model(**tiny_batch()).loss)
+    engine.remove()
+    assert not same_weights(model, twin)
+
+
+def fill_and_then(no_room, monkeypatch):
+    """After all homes are there, what stays on the device cannot be moved to it."""
+    from lowtide.weights import placing
+
+    original = placing._fill
+
+    def fill(*args):
+        original(*args)
+        monkeypatch.setattr(torch.Tensor, "to", no_room)
+
+    return fill

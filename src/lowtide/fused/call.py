@@ -9,6 +9,7 @@ from collections.abc import MutableMapping, MutableSequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -83,7 +84,7 @@ class Call:
         outputs: list[Tensor] = []
         home.fetch(block)
         try:
-            with fast_matmuls(self.runner.weight):
+            with torch.autocast(**self.autocast), fast_matmuls(self.runner.weight):
                 for micro_batch in self.micro_batches:
                     self.random_states.append(RandomState(self.device))
                     leaves, spec = pytree.tree_flatten(self.forward(self.slices(tensors, micro_batch)))

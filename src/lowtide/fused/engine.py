@@ -75,7 +75,7 @@ class Engine(BackwardPass):
         self.adaptive, self.loss_scale = adaptive, loss_scale
         self._block_inputs = block_inputs
         self._waiting: set[Optimizer] = set()  # have not closed the step of the last backward pass
-        self._warned_lost = False
+        self._warned_lost = self._warned_mode = False
         self._slots = make_slots(self, self.optimizers)
         form_groups(list(self._slots.values()), model)
         if any(is_sharded(param) for param in self._slots):
@@ -108,6 +108,7 @@ class Engine(BackwardPass):
         """
         check_loss(loss)
         self._refuse_second_backward()
+        self._look_at_mode()
         value = float(loss.detach())
         if not self.ranks.all(math.isfinite(value)):
             self._norm = GradNorm(math.nan)
@@ -151,6 +152,7 @@ class Engine(BackwardPass):
         """
         check_loss(loss)
         self._refuse_second_backward()
+        self._look_at_mode()
         if self.adaptive is not None:
             raise RuntimeError("measure_norm is for exact clipping: adaptive clipping measures by itself")
         if not self.ranks.all(math.isfinite(float(loss.detach()))):
@@ -220,6 +222,9 @@ class Engine(BackwardPass):
             ValueError: running norms of parameters that this model has not.
         """
         self._step, self.num_skipped_steps = state.get("num_steps", self._step), state["num_skipped_steps"]
+        for slot in self._slots.values():
+            slot.step = -1  # its last update may have been in a step that comes again
+        self._forget_step()
         if "lost_updates" in state:
             for optimizer, sampled in zip(self.optimizers, state["lost_updates"], strict=True):
                 optimizer.lost_updates.load_state_dict(sampled)
@@ -295,7 +300,29 @@ class Engine(BackwardPass):
                 "the last checkpoint, or call optimizer.step() to go on with the weights as they are."
             )
 
+    def _look_at_mode(self) -> None:
+        """Blocks that ran in evaluation mode have kept their activations, and nothing of them is recomputed.
+
+        Raises:
+            RuntimeError: their weights live elsewhere, and are not those any more that the graph was made with.
+        """
+        runners = [runner for runner in self._runners if runner.slots]
+        if not runners or any(runner.block.training or runner.calls for runner in runners):
+            return
+        if any(getattr(runner.home, "streamed", ()) for runner in runners):
+            raise RuntimeError(
+                "the loss was computed in evaluation mode, in which layers are not computed again in the backward pass, and their weights "
+                "have been moved away since: call model.train(), and run the model again"
+            )
+        if not self._warned_mode:
+            self._warned_mode = True
+            _logger.warning(
+                "the model is in evaluation mode, in which it keeps all activations and logits, takes no micro-batches and has no "
+                "dropout: call model.train() before it is trained (transformers loads models in evaluation mode)"
+            )
+
     def _refuse_plain_backward(self) -> None:
+        self._look_at_mode()
         if self._two_passes:
             raise RuntimeError("clip_grad_norm needs two passes: call engine.backward(loss) instead of loss.backward()")
         if self.loss_scale is not None:
@@ -316,12 +343,15 @@ class Engine(BackwardPass):
             optimizer.lost_updates.close_step()
         if not self._waiting:
             self._step += 1
-            for runner in self._runners:
-                runner.close_step()
-            for intake in self._intakes:
-                intake.close_step()
+            self._forget_step()
             if self._step == 10 or self._step % _CHECK_LOST_EVERY == 0:
                 self._warn_lost()
+
+    def _forget_step(self) -> None:
+        for runner in self._runners:
+            runner.close_step()
+        for intake in self._intakes:
+            intake.close_step()
 
     def _warn_lost(self) -> None:
         for optimizer in self.optimizers:

@@ -180,7 +180,7 @@ class BackwardPass:
 
     def _skip_step(self, why: str) -> None:
         self._skip = self.step_skipped = True
-        self._plain = False
+        self._plain = self.step_partial = False
         self.num_skipped_steps += 1
         # An overflow is how a dynamic loss scale finds its level: nothing to warn of.
         tell = _logger.warning if self.loss_scale is None else _logger.info
@@ -255,12 +255,15 @@ class BackwardPass:
             return self._prepare
         return Prepare(self._inv_scale, self.clip_grad_value, self.adaptive.coefficient(slot.param, norm).item())
 
-    def _prepare_on_device(self, slot: Slot, norm: Tensor) -> Prepare:
+    def _prepare_on_device(self, slot: Slot, norm: Tensor) -> Prepare | None:
         coefficient = torch.ones_like(norm) if self.adaptive is None else self.adaptive.coefficient(slot.param, norm)
         broken = self._broken.get(norm.device)
         if broken is None:
             broken = self._broken[norm.device] = torch.zeros((), dtype=torch.bool, device=norm.device)
         broken.logical_or_(~torch.isfinite(norm))
+        if slot.optimizer.must_not_see_broken and bool(broken):
+            self._found_broken()
+            return None
         return Prepare(self._inv_scale, self.clip_grad_value, torch.where(broken, torch.nan, coefficient))
 
     def _found_broken(self) -> None:

@@ -36,10 +36,13 @@ def keep_random_state(device: torch.device) -> Iterator[None]:
 
 
 def autocast_state(device_type: str) -> dict[str, Any]:
-    """Arguments for ``torch.autocast`` that repeat what is in force now."""
+    """Arguments for ``torch.autocast`` that repeat what is in force now, but for its cache.
+
+    The cache would keep a 16-bit copy of every weight until the outermost context is left, and a block uses a weight once.
+    """
     return {
         "device_type": device_type,
         "enabled": torch.is_autocast_enabled(device_type),
         "dtype": torch.get_autocast_dtype(device_type),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
+        "cache_enabled": False,
     }

@@ -87,7 +87,11 @@ class Slot:
         if grad is None:  # a kept block sent nothing back
             return
         if not engine._open:
-            engine.enter_backward(grad)
+            try:
+                engine.enter_backward(grad)
+            except RuntimeError:
+                param.grad = None  # or the next pass would add to it
+                raise
         in_its_block = engine._running is not None and engine._running is self.runner
         if not (in_its_block or self.shared):
             self.refuse_nested()

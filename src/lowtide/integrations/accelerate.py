@@ -45,8 +45,12 @@ def fuse_accelerator(accelerator: Accelerator, model: nn.Module, optimizer: Opti
             message says what to do.
     """
     _check(accelerator, model, optimizer)
-    if "weights" not in options:  # or the engine moves what is needed
-        model.to(accelerator.device)
+    if options.get("weights", "device") != "device":
+        raise ValueError(
+            "accelerator.save_state would write weights that live elsewhere as if they were nothing: use lowtide.fuse in a loop without "
+            "accelerate, or lowtide train --weights"
+        )
+    model.to(accelerator.device)
     engine = fuse(model, optimizer, **options)
     _Fused(accelerator, engine).install()
     return engine

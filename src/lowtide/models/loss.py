@@ -59,7 +59,7 @@ def linear_cross_entropy(
         float32, zero-dimensional.
 
     Raises:
-        ValueError: shapes do not fit, or ``reduction`` is unknown.
+        ValueError: shapes do not fit, a label is no entry of the vocabulary, or ``reduction`` is unknown.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
@@ -68,6 +68,13 @@ def linear_cross_entropy(
             f"shapes do not fit: hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)}, weight {tuple(weight.shape)}"
         )
     counted = (labels != IGNORE_INDEX).reshape(-1).nonzero().squeeze(1)
+    labels = labels.reshape(-1)[counted]
+    unknown = (labels < 0) | (labels >= weight.shape[0])
+    if bool(unknown.any()):
+        raise ValueError(
+            f"labels hold {int(labels[unknown][0])}, and the vocabulary has {weight.shape[0]} entries, from 0 on: what is not to be learnt has "
+            f"the label {IGNORE_INDEX}"
+        )
     # Tokens that do not count need no logits at all: with short answers after long prompts that is most of them.
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, counted)
     if torch.is_autocast_enabled(hidden.device.type):  # backward runs outside autocast: decide the dtype here, once
@@ -76,9 +83,7 @@ def linear_cross_entropy(
     use = intake.begin(weight) if intake is not None and follows and weight.requires_grad else None
     trained = any(each is not None and each.requires_grad for each in (hidden, weight, bias))
     kept = _KeptLogits(_MAX_KEPT_BYTES if follows and trained else 0)
-    total = _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels.reshape(-1)[counted], scale, softcap, intake, use, kept
-    )
+    total = _LinearCrossEntropy.apply(hidden, weight, bias, labels, scale, softcap, intake, use, kept)
     return total if reduction == "sum" else total / counted.numel()
 
 

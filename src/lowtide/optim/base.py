@@ -142,6 +142,10 @@ class FusibleOptimizer(Optimizer):
         for param, grad, group, prepare in updates:
             self.update_param(param, grad, group, prepare)
 
+    # Whether a gradient that is not finite has to be kept from the rule, also where finding out means to wait for the device; a rule
+    # for which this is False changes nothing, or next to nothing, by the gradient of zeros that it gets there.
+    must_not_see_broken = False
+
     # How often the rule walks over the slices of a gradient; 0: it needs the whole.
     num_slice_walks = 0
 

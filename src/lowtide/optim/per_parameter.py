@@ -42,6 +42,10 @@ class PerParameter(FusibleOptimizer):
         ValueError: an option is out of range.
     """
 
+    must_not_see_broken = (
+        True  # with a gradient of zeros such a class would still move by its momentum, and count a step
+    )
+
     def __init__(
         self,
         optimizer_class: type[Optimizer],

@@ -117,6 +117,32 @@ def place(
     if len([name for name in by_home if name not in (DEVICE, HOST)]) > 1:
         raise ValueError(f"weights can live in one directory, and several are named: {', '.join(sorted(by_home))}")
     homes: dict[nn.Module, Any] = {}
+    try:
+        _fill(homes, by_home, blocks, names, value_of, device)
+        streamed = {p for name, entries in by_home.items() if name != DEVICE for _, params in entries for p in params}
+        for param, name in names.items():
+            if param not in streamed and (source is not None or device is not None):
+                param.data = value_of(name, param).to(device or param.device, param.dtype)
+    except BaseException:
+        MixedHome(homes).close()  # what has been moved gets its values back
+        MixedHome(homes).discard()
+        raise
+    if device is not None:
+        _move_buffers(model, device)
+    if source is not None:
+        del model.lowtide_source
+    return MixedHome(homes)
+
+
+def _fill(
+    homes: dict[nn.Module, Any],
+    by_home: Mapping[str, Sequence[tuple[list[nn.Module], list[nn.Parameter]]]],
+    blocks: Sequence[nn.Module],
+    names: Mapping[nn.Parameter, str],
+    value_of: Callable[[str, Tensor], Tensor],
+    device: torch.device | None,
+) -> None:
+    """Make the homes one after the other, each in ``homes`` as soon as it has its weights."""
     for place_name, entries in by_home.items():
         if place_name == DEVICE:
             homes.update(dict.fromkeys((m for members, _ in entries for m in members), DeviceHome()))
@@ -128,15 +154,6 @@ def place(
         number_of = {member: number for number, (members, _) in enumerate(entries) for member in members}
         members_of = {block: number_of[block] for block in blocks if block in number_of}
         homes.update(dict.fromkeys(members_of, StreamedHome(layouts, members_of, store, device)))
-    streamed = {p for name, entries in by_home.items() if name != DEVICE for _, params in entries for p in params}
-    for param, name in names.items():
-        if param not in streamed and (source is not None or device is not None):
-            param.data = value_of(name, param).to(device or param.device, param.dtype)
-    if device is not None:
-        _move_buffers(model, device)
-    if source is not None:
-        del model.lowtide_source
-    return MixedHome(homes)
 
 
 def _store(place_name: str, device: torch.device) -> Store:
