@@ -360,6 +360,10 @@ def test_sharegpt_in_its_spellings(tmp_path):
     [
         ({"conversations": [HUMAN, HUMAN, GPT]}, "two user turns follow one another (turns 1 and 2); join them"),
         ({"conversations": [HUMAN, GPT, GPT]}, "two assistant turns follow one another (turns 2 and 3); join them"),
+        (
+            {"conversations": [HUMAN, HUMAN, GPT], "system": "s"},
+            "two user turns follow one another (turns 1 and 2); join them",
+        ),
         ({"conversations": [GPT, HUMAN]}, "the conversation has no assistant turn behind a turn of another role"),
         ({"conversations": [GPT, HUMAN, HUMAN, GPT]}, "two user turns follow one another (turns 2 and 3); join them"),
         ({"conversations": [HUMAN]}, "the conversation has no assistant turn"),

@@ -72,6 +72,25 @@ def test_papers_and_splits_are_told_in_one_line(tmp_path, caplog):
     ]
 
 
+def test_files_of_other_formats_are_told(tmp_path, caplog):
+    write(tmp_path, "part-00.jsonl", "part-01.jsonl.gz", "more.arrow", "logo.png", "script.py")
+    assert found(tmp_path) == ["part-00.jsonl"]
+    assert "left out 'more.arrow', 'part-01.jsonl.gz' (cannot be read: unpack or convert them)" in caplog.text
+    with pytest.raises(FileNotFoundError, match=r"'a\.jsonl\.zst' cannot be read: unpack or convert them"):
+        write(tmp_path / "b", "a.jsonl.zst")
+        find_inputs(tmp_path / "b")
+
+
+def test_what_datasets_saved_to_disk_is_not_taken_for_json(tmp_path):
+    write(
+        tmp_path, "dataset_dict.json", "train/data-00000-of-00001.arrow", "train/dataset_info.json", "train/state.json"
+    )
+    with pytest.raises(FileNotFoundError, match=r"data-00000-of-00001\.arrow' cannot be read"):
+        find_inputs(tmp_path)
+    write(tmp_path / "own", "state.json")
+    assert found(tmp_path / "own") == ["state.json"]
+
+
 def test_a_directory_without_training_files_is_refused(tmp_path):
     write(tmp_path, "test.jsonl", "validation.jsonl", "README.md")
     with pytest.raises(FileNotFoundError) as caught:
@@ -87,6 +106,10 @@ def test_for_evaluation_it_is_the_other_way_round(tmp_path, caplog):
     write(tmp_path, "test.jsonl", "validation.jsonl", "train.jsonl")
     assert found(tmp_path, held_out=True) == ["test.jsonl", "validation.jsonl"]
     assert "left out 'train.jsonl' (of the training split)" in caplog.text
+    write(tmp_path, "extra.jsonl")  # of a directory that is given for both
+    assert found(tmp_path, held_out=True) == ["test.jsonl", "validation.jsonl"]
+    assert found(tmp_path) == ["extra.jsonl", "train.jsonl"]
+    assert "left out 'extra.jsonl', 'train.jsonl' (not of a test or validation split)" in caplog.text
     write(tmp_path / "b", "train.jsonl")
     assert found(tmp_path / "b", held_out=True) == ["train.jsonl"]
 

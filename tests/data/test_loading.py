@@ -179,20 +179,36 @@ def test_what_changes_the_tokens_is_in_the_key(tmp_path):
 
 
 def test_a_template_with_the_date_is_rendered_anew_tomorrow(tokenizer, tmp_path, monkeypatch):
-    from lowtide.data import cache as module
+    import datetime
+
+    from lowtide.data.cache import content_key
+    from lowtide.data.chat import fix_date
 
     inputs = find_inputs(write_jsonl(tmp_path / "d.jsonl", ROWS["text"]))
     monkeypatch.setattr(tokenizer, "chat_template", "{{ strftime_now('%d') }}")
+    now = datetime.date.today()
 
-    class Tomorrow(module.datetime.date):
+    class Tomorrow(datetime.date):
         @classmethod
         def today(cls):
-            return super().today() + module.datetime.timedelta(days=1)
+            return now + datetime.timedelta(days=1)
 
-    today = module.content_key(inputs, tokenizer)
-    assert module.content_key(inputs, tokenizer) == today
-    monkeypatch.setattr(module.datetime, "date", Tomorrow)
-    assert module.content_key(inputs, tokenizer) != today
+    today = content_key(inputs, tokenizer)
+    assert content_key(inputs, tokenizer) == today
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    assert content_key(inputs, tokenizer) != today
+    monkeypatch.setattr(tokenizer, "lowtide_date", None, raising=False)
+    fix_date(tokenizer, now.isoformat())  # as a run does that goes on
+    assert content_key(inputs, tokenizer) == today
+
+
+def test_what_is_not_kept_is_not_said_to_be(tokenizer, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    cache, reports = TokenCache(tmp_path / "file" / "cache"), []
+    inputs = find_inputs(write_jsonl(tmp_path / "d.jsonl", ROWS["text"]))
+    load_tokens(inputs, tokenizer, 32, cache=cache, on_progress=reports.append)
+    assert "tokens are kept in memory" in caplog.text and reports[-1].done
+    assert "kept in" not in describe(reports[-1], cache)
 
 
 def test_a_damaged_entry_is_made_anew(tokenizer, tmp_path, caplog):
@@ -376,6 +392,7 @@ def test_progress_goes_from_nothing_to_all(tokenizer, tmp_path, monkeypatch):
     assert [report.done for report in reports] == [False] * (len(reports) - 1) + [True]
     assert reports[-1].num_tokens == int(TokenStore.open(entries(cache)[0]).lengths.sum())
     assert f"{reports[-1].num_tokens:,} tokens in" in describe(reports[-1], cache)
+    assert f"kept in {cache.folder}" in describe(reports[-1], cache)
     reports.clear()
     load_tokens(find_inputs(files), tokenizer, 32, cache=cache, on_progress=reports.append)
     assert [each.hashing for each in reports] == [True] * len(hashed) + [False]

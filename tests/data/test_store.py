@@ -39,7 +39,7 @@ def random_records(num_records, seed=0):
             for _ in range(rng.choice((0, 1, 1, 3))):
                 ids = [rng.randrange(1000) for _ in range(rng.randrange(1, 9))]
                 examples.append(Example(ids, [IGNORED] + [rng.choice((IGNORED, each)) for each in ids[1:]]))
-            yield Encoded(record, examples, rng.choice((0, len(examples))), rng.choice((0, 0, 2)))
+            yield Encoded(record, examples, [rng.choice((False, True)) for _ in examples], rng.choice((0, 0, 2)))
 
 
 def written(records, folder=None):
@@ -61,7 +61,7 @@ def stats_of(records, chosen):
         num_records=len(chosen),
         num_tokens=sum(len(each.input_ids) for each in examples),
         num_trained_tokens=sum(len(each.labels) - each.labels.count(IGNORED) for each in examples),
-        num_truncated=sum(len(each.examples) for each in taken if each.num_truncated),
+        num_truncated=sum(sum(each.truncated) for each in taken),
         num_dropped=sum(each.num_dropped for each in taken),
     )
 

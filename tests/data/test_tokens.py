@@ -1,9 +1,12 @@
+import datetime
 from itertools import pairwise
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lowtide.data import Example, Record, encode_records
+from lowtide.data.chat import date_of, fix_date, render_chats
+from lowtide.data.loading import tokens_of_records
 
 CHAT = [
     {"role": "system", "content": "Decide."},
@@ -256,6 +259,29 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_per_turn(make_t
     ]
     assert context(examples[1]) == tokenizer.apply_chat_template(CHAT[:4], add_generation_prompt=True)["input_ids"]
     assert stats.num_records == 2
+
+
+def test_of_one_conversation_some_examples_are_cut_and_others_not(make_tokenizer, templates):
+    """They have different lengths where earlier turns are rewritten."""
+    tokenizer = make_tokenizer(templates.drops_reasoning)
+    whole, _ = encode([chat(CHAT)], tokenizer)
+    length = len(whole[1].input_ids) - 1
+    assert len(whole[0].input_ids) <= length
+    examples, stats = encode([chat(CHAT)], tokenizer, length)
+    assert (len(examples), stats.num_truncated) == (2, 1)
+    store = tokens_of_records([chat(CHAT)], tokenizer, length)
+    assert store.truncated.tolist() == [False, True] and store.all().stats() == stats
+
+
+def test_a_template_gets_the_day_that_it_is_told(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{{ strftime_now('%d %B %Y %H:%M') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    now = render_chats([chat(CHAT[:3])], tokenizer)[0][0].text
+    assert now.startswith(f"{datetime.date.today():%d %B %Y} 00:00")
+    fix_date(tokenizer, "2031-02-03")
+    assert render_chats([chat(CHAT[:3])], tokenizer)[0][0].text.startswith("03 February 2031 00:00")
+    assert date_of(tokenizer) == datetime.date(2031, 2, 3)
 
 
 def test_chat_templates_that_cannot_be_trained_on(make_tokenizer, templates):

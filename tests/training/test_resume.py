@@ -1,5 +1,6 @@
 """A run that is resumed ends bit for bit as if it had not been interrupted, and refuses to become another one."""
 
+import datetime
 import json
 import signal
 
@@ -11,9 +12,10 @@ from lowtide.training import TrainConfig, read_events, train
 from lowtide.training.checkpoint import list_checkpoints
 from lowtide.training.resume import changed_settings
 from streaming_cpu import stream_on_cpu
-from tiny_files import save_tiny_model
+from tiny_files import save_tiny_model, write_jsonl
 
 NUM_STEPS = 8
+TODAY = datetime.date.today()
 NEVER_THE_SAME = ("time", "tokens_per_s", "memory_bytes", "peak_memory_bytes")
 
 
@@ -219,6 +221,29 @@ def test_other_data_is_noticed(make, tmp_path):
     path.write_text(path.read_text().replace("a", "b"))
     with pytest.raises(ValueError, match="training data is not what"):
         run(TrainConfig(**{**config.to_dict(), "resume": "latest"}))
+
+
+def test_a_run_whose_template_writes_the_date_goes_on_tomorrow(make, tmp_path, monkeypatch):
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d') }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}]} for n in range(30)
+    ]
+    settings = {"data": [str(write_jsonl(tmp_path / "chats.jsonl", rows))], "chat_template": str(template)}
+    whole = run(make("whole", **settings))
+    config = make("parts", **settings)
+    run(config, stop_after=3)
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return TODAY + datetime.timedelta(days=1)
+
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    result = run(TrainConfig(**{**config.to_dict(), "resume": "latest"}))
+    assert same_weights(result.model_dir, whole.model_dir)
+    with pytest.raises(AssertionError):  # the test would see it
+        assert same_weights(run(make("tomorrow", **settings)).model_dir, whole.model_dir)
 
 
 def test_a_corrupt_checkpoint_is_passed_over(make, caplog):

@@ -3,9 +3,10 @@
 import signal
 
 import pytest
+from transformers import AutoConfig, AutoTokenizer
 
 from lowtide.training import read_events, samples, train
-from tiny_files import write_jsonl
+from tiny_files import save_tiny_model, write_jsonl
 
 
 @pytest.fixture
@@ -99,3 +100,16 @@ def test_a_disk_that_fails_is_not_passed_over(make_config, monkeypatch):
     monkeypatch.setattr(samples, "answer_samples", fail)
     with pytest.raises(OSError, match="made up"):
         run(make_config(samples=2, max_steps=2))
+
+
+def test_a_padding_token_outside_of_the_embedding_is_not_used(make_config, tmp_path):
+    """Some tokenizers have one more token than their model."""
+    directory = save_tiny_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"pad_token": "<|filler|>"})
+    assert tokenizer.pad_token_id == AutoConfig.from_pretrained(directory).vocab_size
+    tokenizer.save_pretrained(directory)
+    rows = [{"prompt": f"say {letter}:", "completion": f" {letter * n}"} for letter in "ab" for n in range(1, 9)]
+    data = str(write_jsonl(tmp_path / "lengths.jsonl", rows))
+    result = run(make_config(model=str(directory), data=[data], samples=None, max_steps=3))
+    assert result.num_steps == 3 and len(taken(result)) == 2

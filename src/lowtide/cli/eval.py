@@ -292,6 +292,7 @@ def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     from ..data.cache import TokenCache
     from ..data.inputs import find_inputs
     from ..data.loading import load_tokens
+    from ..models.padding import padding_id
     from ..training.data import tell_skipped
 
     cache = None
@@ -305,19 +306,20 @@ def _read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     tell_skipped(store)
     stats = store.all().stats()
     print(f"{stats.num_records} records, {stats.num_trained_tokens} tokens that count", flush=True)
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return Batches(
         store.all(), batch_size=args.batch_size, max_seq_len=args.max_seq_len, packing=store.info["only_text"], seed=0, shuffle=False,
-        pad_token_id=next((token for token in known if token is not None), 0),
+        pad_token_id=padding_id(tokenizer),
     )  # fmt: skip
 
 
 def _score_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Batches) -> dict[str, Any]:
     from ..evaluation import evaluate_loss, keeps_documents_apart
     from ..models.context import check_context
+    from ..models.padding import padding_id
     from ..training.setup import without_cache
 
     check_context(model, batches.num_positions, "set --max-seq-len to {limit}")
+    batches.pad_token_id = padding_id(tokenizer, model)
     with without_cache(model):
         if batches.shares_rows and not keeps_documents_apart(model, tokenizer):
             batches = batches.padded()  # one text a row, or they would see each other

@@ -7,7 +7,6 @@ examples. So an entry is never out of date; one that is not used any more is rem
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import hashlib
 import json
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..log import get_logger
 from ..units import GIB
+from .chat import date_of, writes_date
 from .inputs import Input
 from .store import TokenStore
 from .store_files import holds_nothing_else, is_store, remove_store
@@ -66,8 +66,8 @@ def content_key(
         "versions": [version(name) for name in ("transformers", "tokenizers")],
         **settings,
     }
-    if "strftime_now" in str(tokenizer.chat_template):  # the template writes the date into what it renders
-        parts["date"] = datetime.date.today().isoformat()
+    if writes_date(tokenizer):
+        parts["date"] = date_of(tokenizer).isoformat()
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
 
 

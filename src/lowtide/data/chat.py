@@ -10,13 +10,34 @@ need it.)
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import re
 from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
 from .record import Record, RenderedChat
 
-__all__ = ["RenderedChat", "make_renderer", "render_chats"]
+__all__ = ["RenderedChat", "date_of", "fix_date", "make_renderer", "render_chats"]
+
+_DATE = "lowtide_date"  # on a tokenizer: what its template takes for today
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+
+
+def fix_date(tokenizer: PreTrainedTokenizerBase, date: str) -> None:
+    """Have the chat template write this day, as 2026-11-28, for today: a run that is resumed tomorrow has the data of today."""
+    setattr(tokenizer, _DATE, datetime.date.fromisoformat(date))
+
+
+def date_of(tokenizer: PreTrainedTokenizerBase) -> datetime.date:
+    """What the chat template writes for today."""
+    found: datetime.date | None = getattr(tokenizer, _DATE, None)
+    return found or datetime.date.today()
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template may write it at all."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def make_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Record], Record]:
@@ -92,8 +113,11 @@ def _render_record(
 def _render(record: Record, num_messages: int, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool) -> str:
     assert record.messages is not None
     turns = [{key: turn[key] for key in turn if key != "weight"} for turn in record.messages[:num_messages]]
+    template = _dated(tokenizer.get_chat_template(), date_of(tokenizer)) if writes_date(tokenizer) else None
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
+        text = tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
+        )
     except Exception as error:  # templates raise jinja2's errors, transformers its own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -102,6 +126,12 @@ def _render(record: Record, num_messages: int, tokenizer: PreTrainedTokenizerBas
         ) from error
     assert isinstance(text, str)
     return text
+
+
+def _dated(template: str, date: datetime.date) -> str:
+    """The template with the date written out. transformers hands no function on to a template, so its own cannot be replaced."""
+    midnight = datetime.datetime.combine(date, datetime.time())
+    return _NOW.sub(lambda found: f"{found[1]}{midnight.strftime(found[2])}{found[1]}", template)
 
 
 def _end_of_turn(text: str, end_tokens: tuple[str, ...]) -> int:

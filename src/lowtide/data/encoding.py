@@ -39,14 +39,19 @@ class Encoded:
     Attributes:
         record: its number, counted from 0.
         examples: that fit.
-        num_truncated: examples that were cut; either none or all of them.
+        truncated: whether each of them was cut.
         num_dropped: examples left out, because nothing is trained on in what fits.
     """
 
     record: int
     examples: list[Example]
-    num_truncated: int = 0
+    truncated: Sequence[bool] = ()
     num_dropped: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.truncated:
+            object.__setattr__(self, "truncated", (False,) * len(self.examples))
+        assert len(self.truncated) == len(self.examples)
 
 
 @dataclass
@@ -134,7 +139,8 @@ class Encoder:
             return self._fit_piece(record, whole[0].input_ids, number)
         split = self.split_long and record.text is not None
         examples: list[Example] = []
-        num_truncated = num_dropped = 0
+        truncated: list[bool] = []
+        num_dropped = 0
         from_start = self.truncation == "start" and record.text is None
         for example in whole:
             pieces = self._keep_end(example) if from_start else _cut(example, self.max_seq_len, split)
@@ -142,8 +148,8 @@ class Encoder:
                 self._look_at_dropped(example)
             examples += pieces
             num_dropped += not pieces
-            num_truncated += bool(pieces) and not split and len(example.input_ids) > self.max_seq_len
-        return Encoded(number, examples, num_truncated, num_dropped)
+            truncated += [not split and len(example.input_ids) > self.max_seq_len] * len(pieces)
+        return Encoded(number, examples, truncated, num_dropped)
 
     def _keep_end(self, example: Example) -> list[Example]:
         """The example without its beginning, if it is too long."""
@@ -165,12 +171,13 @@ class Encoder:
         if not record.continued:
             pieces += [self._tail] if len(self._tail) > 1 else []
             self._tail = []
-        truncated = 0
+        truncated = False
         if not self.split_long:
             truncated = not self._kept_start and bool(pieces)
             pieces = pieces[:1] if truncated else []
             self._kept_start |= truncated
-        return Encoded(number, [Example(piece, [IGNORED, *piece[1:]]) for piece in pieces], int(truncated))
+        examples = [Example(piece, [IGNORED, *piece[1:]]) for piece in pieces]
+        return Encoded(number, examples, [truncated] * len(examples))
 
     def _look_at_dropped(self, example: Example) -> None:
         needed = next((i for i, label in enumerate(example.labels, 1) if i > 1 and label != IGNORED), None)
@@ -200,7 +207,7 @@ def encode_records(
         num_records=encoder.num_records,
         num_tokens=sum(len(example.input_ids) for example in examples),
         num_trained_tokens=sum(len(example.labels) - example.labels.count(IGNORED) for example in examples),
-        num_truncated=sum(each.num_truncated for each in encoded),
+        num_truncated=sum(sum(each.truncated) for each in encoded),
         num_dropped=sum(each.num_dropped for each in encoded),
     )
     return examples, stats

@@ -7,7 +7,7 @@ the like are not data. Files that are named after a split, ``test.jsonl`` or ``v
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..log import get_logger
@@ -21,7 +21,12 @@ SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + TABLE_SUFFIXES
 TRAIN, HELD_OUT = "train", "held out"
 
 _PAPERS = re.compile(r"(readme|licen[cs]e|changelog|notice)([-_. ].*)?")
-_FACTS = ("dataset_info.json", "dataset_infos.json")  # what ``datasets`` writes beside the data
+_FACTS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # what ``datasets`` writes beside the data
+# Data that is not read, as it is or inside: said of a directory, where nobody would miss it.
+_UNREAD = re.compile(
+    r".*\.(arrow|feather|orc|avro|xlsx?|ods|ndjson|tar|zip|7z|pkl|npy|npz|(jsonl?|csv|tsv|txt|parquet)\.(gz|bz2|xz|zst|lz4))",
+    re.I,
+)
 _SPLITS = {"train": TRAIN, "training": TRAIN} | dict.fromkeys(
     ("test", "validation", "valid", "val", "dev", "eval", "evaluation"), HELD_OUT
 )
@@ -34,20 +39,27 @@ def data_files(directory: Path, *, held_out: bool = False) -> list[Path]:
 
     Args:
         directory: searched with its subdirectories.
-        held_out: the files are for evaluation: of those named after a split, the training ones are left out, if there are
-            others. Otherwise test and validation files are left out.
+        held_out: the files are for evaluation: those named after a test or validation split, if there are any; otherwise all but
+            those of the training split, if there are others. For training, test and validation files are left out.
 
     Raises:
         FileNotFoundError: there are none, or none but those of test and validation splits.
     """
-    found = [path for path in sorted(directory.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
-    found = [path for path in found if not any(part.startswith(".") for part in _inside(path, directory).parts)]
+    there = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    there = [path for path in there if not any(part.startswith(".") for part in _inside(path, directory).parts)]
+    found = [path for path in there if path.suffix.lower() in SUFFIXES]
+    unread = [path for path in there if path.suffix.lower() not in SUFFIXES and _UNREAD.fullmatch(path.name)]
     structured = any(path.suffix.lower() not in TEXT_SUFFIXES for path in found)
     papers, data = _divided(found, lambda path: structured and _is_paper(path))
     if not data:
-        raise FileNotFoundError(f"{directory}: holds no {', '.join(SUFFIXES)} file")
-    unwanted = TRAIN if held_out else HELD_OUT
-    others, wanted = _divided(data, lambda path: split_of(_inside(path, directory)) == unwanted)
+        beside = f"; {_names(unread, directory)} cannot be read: unpack or convert them" if unread else ""
+        raise FileNotFoundError(f"{directory}: holds no {', '.join(SUFFIXES)} file{beside}")
+    splits = {path: split_of(_inside(path, directory)) for path in data}
+    if held_out and HELD_OUT in splits.values():
+        # In a directory that is trained on, too, files without a split's name are what is trained on.
+        wanted, others = _divided(data, lambda path: splits[path] == HELD_OUT)
+    else:
+        others, wanted = _divided(data, lambda path: splits[path] == (TRAIN if held_out else HELD_OUT))
     if not wanted and held_out:
         others, wanted = [], data
     if not wanted:
@@ -55,7 +67,13 @@ def data_files(directory: Path, *, held_out: bool = False) -> list[Path]:
             f"{directory}: holds test and validation files only ({_names(others, directory)}); name the files that are to be "
             "trained on, and they are taken all the same"
         )
-    _tell(directory, papers, others, unwanted)
+    of_training = all(splits[path] == TRAIN for path in others)
+    what = (
+        ("of the training split" if of_training else "not of a test or validation split")
+        if held_out
+        else "of test or validation splits"
+    )
+    _tell(directory, {"no data": papers, what: others, "cannot be read: unpack or convert them": unread})
     return wanted
 
 
@@ -72,13 +90,13 @@ def split_of(path: Path) -> str | None:
 def _is_paper(path: Path) -> bool:
     name = path.name.lower()
     is_text = path.suffix.lower() in TEXT_SUFFIXES
-    return path.suffix.lower() == ".md" or name in _FACTS or (is_text and _PAPERS.fullmatch(name) is not None)
+    state = name == "state.json" and (path.parent / "dataset_info.json").exists()  # of ``save_to_disk``
+    return path.suffix.lower() == ".md" or name in _FACTS or state or (is_text and _PAPERS.fullmatch(name) is not None)
 
 
-def _tell(directory: Path, papers: Sequence[Path], others: Sequence[Path], unwanted: str) -> None:
-    parts = [f"{_names(papers, directory)} (no data)"] if papers else []
-    what = "of the training split" if unwanted == TRAIN else "of test or validation splits"
-    parts += [f"{_names(others, directory)} ({what})"] if others else []
+def _tell(directory: Path, left_out: Mapping[str, Sequence[Path]]) -> None:
+    """By the reason why."""
+    parts = [f"{_names(paths, directory)} ({why})" for why, paths in left_out.items() if paths]
     if parts:
         logger.warning("%s: left out %s; a file that is named itself is taken anyway", directory, " and ".join(parts))
 

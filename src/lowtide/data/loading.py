@@ -38,6 +38,7 @@ class LoadProgress:
         from_cache: nothing had to be tokenised.
         done: this is the last report.
         hashing: the content is hashed, to see whether its tokens are in the cache.
+        kept: the tokens are in the cache now, for the next start.
     """
 
     num_read: int
@@ -47,6 +48,7 @@ class LoadProgress:
     from_cache: bool = False
     done: bool = False
     hashing: bool = False
+    kept: bool = False
 
 
 OnProgress = Callable[[LoadProgress], None]
@@ -155,7 +157,7 @@ class _Loading:
         finally:
             package.removeHandler(warnings)
             writer.close()
-        self.report(self.num_bytes, writer.num_tokens, done=True)
+        self.report(self.num_bytes, writer.num_tokens, done=True, kept=writer.folder is not None)
         return store
 
     def tell_again(self, store: TokenStore) -> None:
@@ -175,10 +177,12 @@ class _Loading:
         for name, line in info["warnings"]:
             logging.getLogger(name).warning("%s", line)
 
-    def report(self, num_read: int, num_tokens: int, *, from_cache: bool = False, done: bool = False) -> None:
+    def report(
+        self, num_read: int, num_tokens: int, *, from_cache: bool = False, done: bool = False, kept: bool = False
+    ) -> None:
         if self.on_progress is not None:
             seconds = time.perf_counter() - self.start
-            self.on_progress(LoadProgress(num_read, self.num_bytes, num_tokens, seconds, from_cache, done))
+            self.on_progress(LoadProgress(num_read, self.num_bytes, num_tokens, seconds, from_cache, done, kept=kept))
 
     def on_hashed(self, num_read: int) -> None:
         if self.on_progress is not None:
@@ -250,5 +254,5 @@ def describe(progress: LoadProgress, cache: TokenCache | None) -> str:
     if progress.from_cache:
         return f"data: {progress.num_tokens:,} tokens from the cache in {progress.seconds:.1f} s"
     rate = f", {format_bytes(round(progress.num_bytes / progress.seconds))}/s" if progress.num_bytes else ""
-    kept = f"; kept in {cache.folder} for the next start" if cache is not None else ""
+    kept = f"; kept in {cache.folder} for the next start" if cache is not None and progress.kept else ""
     return f"data: {progress.num_tokens:,} tokens in {progress.seconds:.1f} s{rate}{kept}"

@@ -236,7 +236,7 @@ class StoreWriter:
             self.num_records += 1
         assert encoded.record == self.num_records - 1
         columns["dropped"][-1] += encoded.num_dropped
-        for example in encoded.examples:
+        for example, truncated in zip(encoded.examples, encoded.truncated, strict=True):
             ids = numpy.array(example.input_ids, dtype=numpy.int32)
             trained = numpy.array(example.labels, dtype=numpy.int32) != IGNORED
             trained[:1] = False  # nothing in its own example precedes a first token
@@ -249,7 +249,7 @@ class StoreWriter:
             columns["lengths"].append(len(ids))
             columns["trained"].append(int(trained.sum()))
             columns["records"].append(encoded.record)
-            columns["truncated"].append(encoded.num_truncated > 0)
+            columns["truncated"].append(truncated)
             self.num_tokens += len(ids)
             self.num_examples += 1
         if self.folder is not None and max(len(columns["lengths"]), len(columns["dropped"])) >= _SPILLED:

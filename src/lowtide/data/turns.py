@@ -58,13 +58,16 @@ def sharegpt_messages(row: Mapping[str, Any], key: str, where: str) -> Conversat
             f"{where}: 'tools' cannot be expressed; remove this record, or the key if the turns do without"
         )
     turns = _turns(row[key], key, _spelling(row[key]), SHAREGPT_ROLES, where)
+    num_inserted = 0
     if row.get("system") not in (None, ""):
         system = {"role": "system", "content": checked_text(row["system"], "'system'", where)}
         if turns and turns[0]["role"] == "system":
             raise ValueError(f"{where}: has a 'system' prompt and {key}[0] is another; keep one of them")
         turns.insert(0, system)
+        num_inserted = 1
     conversation = _checked(turns, where)
-    for index, (before, after) in enumerate(itertools.pairwise(conversation.messages), conversation.num_dropped):
+    in_file = conversation.num_dropped - num_inserted
+    for index, (before, after) in enumerate(itertools.pairwise(conversation.messages), in_file):
         if before["role"] == after["role"]:
             raise ValueError(
                 f"{where}: two {after['role']} turns follow one another (turns {index + 1} and {index + 2}); join them, or "

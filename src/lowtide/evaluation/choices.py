@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..data import ChoiceItem, Record, encode_records
 from ..log import get_logger
 from ..models.context import context_length
+from ..models.padding import padding_id
 from ..optim.shards import compute_device
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _sums(
     config = getattr(model, "config", None)
     rows = _rows(items, tokenizer, count_end, None if config is None else context_length(config))
     flat = [(0.0, 1)] * sum(len(item.choices) for item in items)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any token will do
+    pad = padding_id(tokenizer, model)
     was_training = model.training
     model.eval()
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..data import Batches
+from ..models.padding import padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +82,7 @@ def answer_samples(
     Raises:
         Whatever the model's own code raises: not every model can generate.
     """
-    padding = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
+    padding = padding_id(tokenizer, model)
     width = max(len(sample.prompt) for sample in samples)
     input_ids = torch.full((len(samples), width), padding)  # [B, S], padded on the left
     attention_mask = torch.zeros_like(input_ids)

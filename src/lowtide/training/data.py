@@ -16,6 +16,7 @@ from ..data.loading import load_tokens, tokens_of_records
 from ..data.store import Selection, TokenStore
 from ..data.superglue import HUB_ID, TaskData
 from ..log import get_logger
+from ..models.padding import padding_id
 from .config import TrainConfig
 from .data_progress import DataProgress
 
@@ -228,15 +229,13 @@ def _batches(
 ) -> TrainData:
     packing = only_text if config.packing is None else config.packing
     rows = config.rows_at_once(packing)
-    known_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
 
     def batches(chosen: Selection, batch_size: int, shuffle: bool) -> Batches:
         return Batches(
             chosen,
             batch_size=batch_size,
             max_seq_len=config.max_seq_len,
-            # padding is masked and never counted, so any token will do
-            pad_token_id=next((token for token in known_ids if token is not None), 0),
+            pad_token_id=padding_id(tokenizer),
             packing=packing,
             seed=config.seed,
             shuffle=shuffle,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from ..data.chat import date_of
 from ..evaluation import LossResult
 from ..log import get_logger
 from ..optim.named_state import load_named_state, named_state, parameter_of
@@ -185,6 +186,7 @@ def state_of(run: Run, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "optimizer": plain,
         "engine": run.engine.state_dict(),
         "report": run.report.state_dict(),
+        "date": date_of(run.tokenizer).isoformat(),
         "random": random_state(),
         "random_of_ranks": of_ranks(run.ranks),
         "config": {name: value for name, value in config.items() if name not in ABOUT_RESUMING},

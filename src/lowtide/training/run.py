@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..data.chat import date_of, fix_date
 from ..data.tokens import IGNORED
 from ..evaluation import LossResult, choice_accuracies, evaluate_loss
 from ..fusing import fuse
@@ -23,6 +24,7 @@ from ..log import get_logger
 from ..models import Adapters, ChunkedLoss, load_model, parse_dtype, set_attention
 from ..models.context import check_context
 from ..models.lora import require_peft
+from ..models.padding import padding_id
 from ..planning import computes_bfloat16
 from ..ranks import ALONE, Ranks
 from ..sharding import shard
@@ -216,6 +218,8 @@ def prepare(
         return find_data(config), tokenizer_of(loaded, checkpoint)
 
     found, tokenizer = on_all(ranks, look)
+    began = None if checkpoint is None else checkpoint.state.get("date")
+    fix_date(tokenizer, ranks.broadcast(began or date_of(tokenizer).isoformat()))
     data = one_after_another(ranks, lambda: load_data(config, tokenizer, found, show_progress=show_progress))
     # The settings of the run stay as they are: they are compared when it is resumed.
     loaded = dataclasses.replace(loaded, micro_batch_size=loaded.rows_at_once(data.train.packing))
@@ -234,6 +238,9 @@ def prepare(
         )  # fmt: skip
     if config.attention is not None:
         set_attention(model, config.attention)
+    for batches in (data.train, data.held_out):
+        if batches is not None:
+            batches.pad_token_id = padding_id(tokenizer, model)
     check_context(model, data.num_positions, "set max_seq_len (--max-seq-len) to {limit}")
     torch.manual_seed(random_seed(config.seed, ranks.rank))  # here: it must not depend on what loading the model drew
     adapters = make_adapters(config, model, checkpoint)
