@@ -33,7 +33,7 @@ def test_malloc_of_torch_is_recognised():
 def test_what_would_need_less_and_leaves_the_result_comes_first():
     text = message(torch.OutOfMemoryError(ON_A_GPU))
     assert text.startswith("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.50 GiB. ")
-    assert "The same result with less: --micro-batch-size 4, --weights auto. Or, with another result: " in text
+    assert "The same result with less: --micro-batch-size 1, --weights auto. Or, with another result: " in text
     assert "PYTORCH_CUDA_ALLOC_CONF" not in text and "Nothing was saved" not in text
 
 
@@ -46,8 +46,13 @@ def test_only_what_is_not_at_its_smallest_yet_is_named():
 
 
 def test_processes_are_told_of_host_memory(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert "--weights cpu" in message(torch.OutOfMemoryError(ON_A_GPU))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    text = message(torch.OutOfMemoryError(ON_A_GPU))
+    assert "--weights cpu" in text and "--micro-batch-size" not in text  # each has one row
+
+
+def test_packed_rows_of_flash_attention_go_one_by_one_already():
+    assert "--micro-batch-size" not in message(torch.OutOfMemoryError(ON_A_GPU), attention="flash_attention_2")
 
 
 def test_other_errors_stay_as_they_are():
@@ -73,9 +78,10 @@ def test_a_run_that_ends_so_says_how_to_go_on(lowtide, model_dir, task, tmp_path
     arguments += ["--device", "cpu", "--dtype", "float32", "--batch-size", "4", *(["--save-every", "1"] if checkpoint else [])]  # fmt: skip
     result = lowtide(*arguments)
     assert result.code == 1
-    assert "can't allocate memory" in result.err[-1] and "--micro-batch-size 2" in result.err[-1]
+    assert "can't allocate memory" in result.err[-1] and "--micro-batch-size 1" in result.err[-1]
     assert ("Nothing was saved" in result.err[-1]) != checkpoint
     assert ("--resume --allow-changes" in result.err[-1]) == checkpoint
+    assert ("--dtype bfloat16" in result.err[-1]) != checkpoint  # a run cannot go on in another
     assert not (tmp_path / "out" / "model").exists()
     if checkpoint:
-        assert lowtide(*arguments, "--resume", "--allow-changes", "--micro-batch-size", "2").code == 0
+        assert lowtide(*arguments, "--resume", "--allow-changes", "--micro-batch-size", "1").code == 0

@@ -15,7 +15,6 @@ from streaming_cpu import stream_on_cpu
 from tiny_files import save_tiny_model, write_jsonl
 
 NUM_STEPS = 8
-TODAY = datetime.date.today()
 NEVER_THE_SAME = ("time", "tokens_per_s", "memory_bytes", "peak_memory_bytes")
 
 
@@ -233,11 +232,12 @@ def test_a_run_whose_template_writes_the_date_goes_on_tomorrow(make, tmp_path, m
     whole = run(make("whole", **settings))
     config = make("parts", **settings)
     run(config, stop_after=3)
+    now = datetime.date.today()
 
     class Tomorrow(datetime.date):
         @classmethod
         def today(cls):
-            return TODAY + datetime.timedelta(days=1)
+            return now + datetime.timedelta(days=1)
 
     monkeypatch.setattr(datetime, "date", Tomorrow)
     result = run(TrainConfig(**{**config.to_dict(), "resume": "latest"}))

@@ -175,7 +175,7 @@ def test_rolling_back_goes_on_behind_the_bad_data(make_config, monkeypatch, capl
 
 def test_a_signal_in_the_step_that_would_be_rolled_back_stops_the_run(make_config, monkeypatch):
     broken_between(monkeypatch, 6, 8)
-    config = make_config(save_every="4", max_steps=12, max_bad_steps=3, on_bad_steps="rollback")
+    config = make_config(save_every="4", max_steps=12, max_bad_steps=3, on_bad_steps="rollback", keep_checkpoints=1)
 
     def interrupt(event):
         if event["event"] == "train" and event["step"] == 8:
@@ -183,6 +183,7 @@ def test_a_signal_in_the_step_that_would_be_rolled_back_stops_the_run(make_confi
 
     stopped = train(config, on_event=interrupt, show_progress=False)
     assert stopped.interrupted and stopped.num_steps == 8
+    assert names(stopped.output) == ["step-00000008", "step-00000004"]  # the good one is there still
     result = train(TrainConfig(**{**config.to_dict(), "resume": "latest"}), show_progress=False)
     assert result.num_steps == 12 and result.num_skipped == 3
 

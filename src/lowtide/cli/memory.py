@@ -32,33 +32,39 @@ def advice_when_memory_lacks(config: TrainConfig) -> Iterator[None]:
         if not lacks_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0].partition(" If reserved")[0].rstrip(".")
-        raise MemoryError(f"{reason}. {_what_needs_less(config)}{_what_became_of(config)}") from error
+        output = Path(config.output).expanduser()
+        goes_on = any((output / "checkpoints").glob("*"))
+        raise MemoryError(f"{reason}. {_what_needs_less(config, goes_on)}{_what_became_of(output, goes_on)}") from error
 
 
-def _what_needs_less(config: TrainConfig) -> str:
-    """Settings that are not at their smallest yet, those first that leave the result as it is."""
+def _what_needs_less(config: TrainConfig, goes_on: bool) -> str:
+    """Settings that are not at their smallest yet, those first that leave the result as it is.
+
+    Args:
+        config: the settings.
+        goes_on: from a checkpoint, which has the state of its optimizer in its dtype.
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     same, other = [], []
-    rows = config.batch_size if config.micro_batch_size is None else config.micro_batch_size
-    if rows > 1:
-        same.append(f"--micro-batch-size {rows // 2}")
+    one_by_one = "flash" in (config.attention or "")  # as packed sequences go then
+    if config.micro_batch_size != 1 and config.batch_size > num_ranks and not one_by_one:
+        same.append("--micro-batch-size 1")
     if config.keep_activations or (config.keep_activations is None and config.weights == "auto"):
         same.append("--keep-activations 0")
     if config.weights == "device" and not config.lora_rank:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        same.append("--weights cpu" if several else "--weights auto")
-    if config.optimizer == "adamw" and not config.lora_only:
+        same.append("--weights cpu" if num_ranks > 1 else "--weights auto")
+    if config.optimizer == "adamw" and not (config.lora_only or goes_on):
         other.append("--optimizer adalomo")
-    if config.dtype == "float32":
+    if config.dtype == "float32" and not goes_on:
         other.append("--dtype bfloat16")
     other.append("a smaller --max-seq-len")
     first = f"The same result with less: {', '.join(same)}. " if same else ""
     return f"{first}{'Or, with another result' if same else 'Less'}: {', '.join(other)}. lowtide plan says what fits."
 
 
-def _what_became_of(config: TrainConfig) -> str:
+def _what_became_of(output: Path, goes_on: bool) -> str:
     """Weights in memory may be half updated, so that nothing of them is saved."""
-    output = Path(config.output)
-    if any((output / "checkpoints").glob("*")):
-        return " Checkpoints are as they were: --resume --allow-changes goes on from the last one with other settings."
+    if goes_on:
+        return " Checkpoints are as they were: --resume --allow-changes goes on from the last one with these settings."
     begun = (output / "metrics.jsonl").exists()
     return " Nothing was saved: begin again with another --output." if begun else ""

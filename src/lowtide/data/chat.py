@@ -113,8 +113,8 @@ def _render_record(
 def _render(record: Record, num_messages: int, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool) -> str:
     assert record.messages is not None
     turns = [{key: turn[key] for key in turn if key != "weight"} for turn in record.messages[:num_messages]]
-    template = _dated(tokenizer.get_chat_template(), date_of(tokenizer)) if writes_date(tokenizer) else None
     try:
+        template = _dated(tokenizer.get_chat_template(), date_of(tokenizer)) if writes_date(tokenizer) else None
         text = tokenizer.apply_chat_template(
             turns, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
         )

@@ -38,7 +38,7 @@ def keep_random_state(device: torch.device) -> Iterator[None]:
 def autocast_state(device_type: str) -> dict[str, Any]:
     """Arguments for ``torch.autocast`` that repeat what is in force now, but for its cache.
 
-    The cache would keep a 16-bit copy of every weight until the outermost context is left, and a block uses a weight once.
+    The cache would keep a 16-bit copy of every weight until the outermost context is left, and a block uses a weight once in a micro-batch.
     """
     return {
         "device_type": device_type,

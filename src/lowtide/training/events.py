@@ -123,6 +123,8 @@ class EventLog:
             self.position()
         except OSError as error:
             _logger.warning("%s could not be written to its end: %s", self.path, error)
+            whole = self.path.read_bytes().rfind(b"\n") + 1
+            self._file.truncate(whole)  # or what another log appends would end a torn line
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -114,7 +114,8 @@ class Saver:
             written_by_first(run.ranks, run.engine.parts_of_model(), tensors, write)
         self._last_time, self._wrote = time.monotonic(), target
         if run.ranks.is_first:
-            keep_newest(self.folder, run.config.keep_checkpoints)
+            if not run.report.num_skipped_in_a_row:  # or a doubtful one would push out the last good one
+                keep_newest(self.folder, run.config.keep_checkpoints)
             num_bytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
             seconds = time.perf_counter() - start
             run.report.checkpoint(path=str(target), seconds=seconds, num_bytes=num_bytes, interrupted=interrupted)

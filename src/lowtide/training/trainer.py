@@ -237,7 +237,7 @@ def _run_steps(run: Run, saver: Saver) -> None:
 
 
 def _look_at(run: Run, saver: Saver, loss: float, stop: bool) -> None:
-    """After a step: whether too many in a row were bad. A run that is to stop is not rolled back: that is done when it is resumed.
+    """After a step: whether too many in a row were bad. A run that is to stop is not rolled back: if the next step is bad, too, that is done when it is resumed.
 
     Raises:
         RollBack, TooManyBadStepsError: they were.
