@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its pictures, from the rows of cpu_peers.py and steps_in_turn.py. Seconds; needs matplotlib, none of the peers.
+"""docs/benchmarks.md and its pictures, from the rows of cpu_peers.py, steps_in_turn.py and update_cost.py. Seconds; needs matplotlib, none of the peers.
 
     python benchmarks/cpu_peers_page.py [--results benchmarks/results/cpu_peers.csv] [--page docs/benchmarks.md] [--plots docs/images]
 
@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from peers.page import write
-from peers.rows import RESULTS, TURN_RESULTS, read, read_all
+from peers.rows import RESULTS, TURN_RESULTS, UPDATE_RESULTS, read, read_all
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -20,10 +20,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--turns", type=Path, default=TURN_RESULTS)
+    parser.add_argument("--updates", type=Path, default=UPDATE_RESULTS)
     parser.add_argument("--page", type=Path, default=DOCS / "benchmarks.md")
     parser.add_argument("--plots", type=Path, default=DOCS / "images")
     options = parser.parse_args()
-    write(read(options.results), options.page, options.plots, read_all(options.turns))
+    write(read(options.results), options.page, options.plots, read_all(options.turns), read_all(options.updates))
 
 
 if __name__ == "__main__":

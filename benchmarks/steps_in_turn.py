@@ -9,8 +9,8 @@ round live side by side, and only one computes at a time: a turn is one step of 
 two minutes apart, and each turn gives a ratio. Rounds have fresh processes, since where memory lies makes a difference, too. The first step of a process is taken and not counted.
 
 A row of benchmarks/results/steps_in_turn.csv is one step: wall time, user and system time of the process, page faults. benchmarks/cpu_peers_page.py makes a table
-of them in docs/benchmarks.md. Methods, models and the environment are those of cpu_peers.py (its docstring); memory must hold all methods at once, which is checked. Not timed as a whole: by the
-step times of cpu_peers.py a turn of five methods at the TinyLlama shape is two minutes on two cores, and there are 18, first steps included.
+of them in docs/benchmarks.md. Methods, models and the environment are those of cpu_peers.py (its docstring); memory must hold all methods at once, which is checked.
+A round of five methods at the TinyLlama shape takes twelve minutes on two cores.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from peers import plots, rows, summary  # noqa: E402
 from peers.abilities import ABILITIES  # noqa: E402
 from peers.measure import one_line, train  # noqa: E402
-from peers.methods import METHODS, Clock  # noqa: E402
+from peers.methods import METHODS, Clock, nothing_updated  # noqa: E402
 from peers.shapes import GROWTH, SHAPES, build, needed_bytes  # noqa: E402
 
 SETTINGS = {"device": "a processor", "threads": "2", "model": "smollm2", "batch_size": "8", "seq_len": "128", "steps": "6"}  # fmt: skip
@@ -99,7 +99,11 @@ def test_page(results, tmp_path):
         for method, seconds in (("lowtide-lomo", ours), ("lowtide-nothing", nothing)):
             found = {**row(method), "round": number, "turn": turn, "seconds": seconds, "user_s": 8, "system_s": 0.5, "minor_faults": 1234}  # fmt: skip
             rows.append(turns, {name: found.get(name, "") for name in rows.TURN_FIELDS}, rows.TURN_FIELDS)
-    command += ["--turns", str(turns)]
+    updates = tmp_path / "updates.csv"
+    for pair, with_updates in (("1", 4.08), ("2", 4.2), ("3", 4.04)):
+        found = {**row("lowtide-lomo"), "method": "lomo", "process": "1", "pair": pair, "updated_s": with_updates, "nothing_s": 4.0, "norm_and_update_s": 0.06, "updated_faults": 1500, "nothing_faults": 500}  # fmt: skip
+        rows.append(updates, {name: found.get(name, "") for name in rows.UPDATE_FIELDS}, rows.UPDATE_FIELDS)
+    command += ["--turns", str(turns), "--updates", str(updates)]
     subprocess.run([*command, "--page", str(page), "--plots", str(images)], check=True)
     text = page.read_text(encoding="utf-8")
     # 1426120064 - 350000000 is four times the weights, and 3.0 and 6.0 s are 1.5 times the 2.0 and 4.0 s of the same rounds.
@@ -112,6 +116,7 @@ def test_page(results, tmp_path):
     assert "| lowtide Lomo | 4096 | 0.35 | 1.30 | (9) | 1 |" in text and "`needs 9.0 GB (estimated)" in text
     # 4.2, 4.4 and 4.0 over 4.0; of the two rounds 1.075 and 1.
     assert "| lowtide's backward, nothing updated | 4 | 1.050 (1.000 to 1.075) | 8 | 0.5 | 1,234 | 3 | 2 |" in text
+    assert "| lomo | 1.020 (1.010 to 1.050) | 1.5% (1.5% to 1.5%) | 1,000 | 3 | 1 |" in text
     for name in ("benchmarks-smollm2.svg", "benchmarks-growth.svg"):
         assert f"images/{name})" in text and "lowtide Lomo" in (images / name).read_text(encoding="utf-8")
 
@@ -126,6 +131,32 @@ def test_processes_take_their_steps_in_turn(tmp_path):
     assert all(float(each["seconds"]) > 0 and int(each["minor_faults"]) >= 0 for each in rows.read_all(file))
     refused = subprocess.run([*command, "--methods", "no such"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "no such" in refused.stderr
+
+
+def test_cost_of_the_update(tmp_path):
+    file = tmp_path / "updates.csv"
+    command = [sys.executable, str(BENCHMARKS / "update_cost.py"), "--model", "tiny", "--threads", "1", "--batch-size", "2", "--seq-len", "8"]  # fmt: skip
+    command += ["--processes", "2", "--pairs", "2", "--results", str(file)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = rows.read_all(file)
+    assert [(each["process"], each["pair"]) for each in found] == [("1", "1"), ("1", "2"), ("2", "1"), ("2", "2")]
+    assert all(0 < float(each["norm_and_update_s"]) < float(each["updated_s"]) for each in found)
+    assert "A step with updates takes " in said and " in 4 pairs)" in said
+    assert subprocess.run([*command, "--pairs", "0"], capture_output=True, check=False).returncode == 2
+
+
+def test_nothing_is_updated():
+    def changed():
+        model = build(SHAPES["tiny"], "bfloat16")
+        before = {name: param.detach().clone() for name, param in model.named_parameters()}
+        ids = torch.randint(SHAPES["tiny"].vocab, (2, 8), generator=torch.Generator().manual_seed(0))
+        METHODS["lowtide-lomo"].train(model, [ids], Clock())
+        return {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+
+    matrices = {name for name, param in build(SHAPES["tiny"], "bfloat16").named_parameters() if param.dim() == 2}
+    assert changed() >= matrices
+    with nothing_updated():
+        assert not changed()
 
 
 def test_reason_is_one_line(results):

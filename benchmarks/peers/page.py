@@ -10,7 +10,7 @@ from pathlib import Path
 from . import abilities, plots
 from .methods import METHODS
 from .shapes import GROWTH, SHAPES
-from .summary import BASE, GROUP, InTurn, Result, Row, groups, in_turn, is_only_growth, results
+from .summary import BASE, GROUP, InTurn, Result, Row, groups, in_turn, is_only_growth, results, update_cost
 
 HEAD = """# Benchmarks on a CPU
 
@@ -44,7 +44,12 @@ between one process and the next, and less from step to step. *Lomo's of it*: th
 highest median of a round, whose processes are fresh. *User* and *system*: seconds of all threads in a step. All other columns are medians, too."""
 
 
-def write(rows: list[Row], page: Path, images: Path, turns: list[Row]) -> None:
+UPDATES = """Steps that update and steps that drop every gradient, in turn in one process (`benchmarks/update_cost.py`); the ratio is that of two steps one after the other. *Norm and update*: timed
+inside of the step, without the slices of the vocabulary matrix. Where the ratio is more, the rest is what the update leaves behind: other page faults, and caches that hold other things.
+All are medians of pairs, with the lowest and the highest."""
+
+
+def write(rows: list[Row], page: Path, images: Path, turns: list[Row], updates: list[Row]) -> None:
     """The page and its pictures.
 
     Args:
@@ -52,6 +57,7 @@ def write(rows: list[Row], page: Path, images: Path, turns: list[Row]) -> None:
         turns: of that of steps_in_turn.py.
         page: the Markdown file.
         images: the folder of the pictures.
+        updates: the rows of update_cost.py.
     """
     rows = [row for row in rows if row["model"] in SHAPES and row["model"] != "tiny" and row["method"] in METHODS]
     images.mkdir(parents=True, exist_ok=True)
@@ -67,7 +73,7 @@ def write(rows: list[Row], page: Path, images: Path, turns: list[Row]) -> None:
         parts.append(section(dict(zip(GROUP, key, strict=True)), own, images / f"{name}.svg", f"{link}/{name}.svg"))
     if not names:
         parts.append("No comparison of all methods has been run yet.")
-    parts.append(steps_in_turn(turns))
+    parts += [steps_in_turn(turns), update_costs(updates)]
     parts.append(growth(rows, images / "benchmarks-growth.svg", f"{link}/benchmarks-growth.svg"))
     parts.append("## What each can do\n\nRead, not measured; the last column says where.\n\n" + abilities.table())
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +110,12 @@ def where(group: dict[str, str], rows: Iterable[Row]) -> str:
     shown = [number, group["device"], f"{group['threads']} threads", f"{group['steps']} steps a run", *versions, *peers]
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return "; ".join(filter(None, shown)) + f". Measured {when}, lowtide at {', '.join(commits)}."
+
+
+def measured(group: dict[str, str], rows: list[Row]) -> str:
+    """The same where every row is of one commit and of no package but lowtide."""
+    versions = f"torch {rows[0]['torch']}; transformers {rows[0]['transformers']}"
+    return f"{group['device']}; {group['threads']} threads; {versions}. Measured {rows[0]['date']}, lowtide at {group['commit']}."
 
 
 def table(found: Iterable[Result]) -> str:
@@ -162,13 +174,34 @@ def steps_in_turn(rows: list[Row]) -> str:
     for key, own in found.items():
         group = dict(zip(names, key, strict=True))
         title = f"### {group['model']}, {group['batch_size']} x {group['seq_len']} tokens"
-        where = f"{group['device']}; {group['threads']} threads; torch {own[0]['torch']}; transformers {own[0]['transformers']}. Measured {own[0]['date']}, lowtide at {group['commit']}."
-        parts += [title, where, turn_table(in_turn(own))]
+        parts += [title, measured(group, own), turn_table(in_turn(own))]
     if not found:
         parts.append("Not measured.")
     else:
         parts.insert(1, IN_TURN)
     return "\n\n".join(parts)
+
+
+def update_costs(rows: list[Row]) -> str:
+    """What the fused update adds to a step."""
+    parts = ["## What the update costs"]
+    names = ("device", "threads", "model", "batch_size", "seq_len", "commit", "method")
+    kinds = {tuple(row[name] for name in names): None for row in rows if row["model"] != "tiny"}
+    if not kinds:
+        return f"{parts[0]}\n\nNot measured."
+    lines = [["model", "tokens", "rule", "step with updates", "norm and update alone", "page faults more", "pairs", "processes"]]  # fmt: skip
+    lines.append(["---"] * len(lines[0]))
+    notes = []
+    for kind in kinds:
+        own = [row for row in rows if tuple(row[name] for name in names) == kind]
+        found, group = update_cost(own), dict(zip(names, kind, strict=True))
+        spread = f"{statistics.median(found.ratios):.3f} ({min(found.ratios):.3f} to {max(found.ratios):.3f})"
+        shares = f"{statistics.median(found.shares):.1%} ({min(found.shares):.1%} to {max(found.shares):.1%})"
+        tokens = f"{group['batch_size']} x {group['seq_len']}"
+        lines.append([group["model"], tokens, group["method"], spread, shares, f"{found.more_faults:,.0f}", str(len(own)), str(found.processes)])  # fmt: skip
+        notes.append(measured(group, own))
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n\n".join([*parts, UPDATES, table, *dict.fromkeys(notes)])
 
 
 def turn_table(found: Iterable[InTurn]) -> str:

@@ -24,6 +24,11 @@ TURN_FIELDS = (
     "date", "commit", "device", "threads", "torch", "transformers", "peer", "model", "method", "batch_size", "seq_len", "round", "turn", "place",
     "seconds", "user_s", "system_s", "minor_faults",
 )  # fmt: skip
+UPDATE_RESULTS = RESULTS.with_name("update_cost.csv")
+UPDATE_FIELDS = (
+    "date", "commit", "device", "threads", "torch", "transformers", "model", "method", "batch_size", "seq_len", "process", "pair", "updated_s", "nothing_s",
+    "norm_and_update_s", "updated_faults", "nothing_faults",
+)  # fmt: skip
 # Rows that agree in these, and in their round, are the same run.
 SETTINGS = ("device", "threads", "model", "method", "batch_size", "seq_len", "steps")
 

@@ -136,3 +136,31 @@ def in_turn(rows: list[Row]) -> list[InTurn]:
             )
         )
     return found
+
+
+@dataclass(frozen=True)
+class UpdateCost:
+    """What norm and update add to a step, from rows of update_cost.py.
+
+    Attributes:
+        ratios: step with updates over the one of the same pair without.
+        shares: norm and update, timed inside of the step, over the step without.
+        more_faults: pages that the step with updates was given beyond those of the other, the median.
+        processes: that the pairs come from.
+    """
+
+    ratios: tuple[float, ...]
+    shares: tuple[float, ...]
+    more_faults: float
+    processes: int
+
+
+def update_cost(rows: list[Row]) -> UpdateCost:
+    """Of the rows of one model, method and machine."""
+    without = [float(row["nothing_s"]) for row in rows]
+    return UpdateCost(
+        tuple(float(row["updated_s"]) / seconds for row, seconds in zip(rows, without, strict=True)),
+        tuple(float(row["norm_and_update_s"]) / seconds for row, seconds in zip(rows, without, strict=True)),
+        statistics.median(int(row["updated_faults"]) - int(row["nothing_faults"]) for row in rows),
+        len({(row["commit"], row["date"], row["process"]) for row in rows}),
+    )
