@@ -179,7 +179,7 @@ def _trec(dtype: str) -> Group:
     by_method: dict[str, list[float]] = {}
     for row in read("quality_cost.csv"):
         method = row["method"].removesuffix("-bf16")
-        if method in known and row["method"].endswith("-bf16") == sixteen:
+        if row["task"] == "trec" and method in known and row["method"].endswith("-bf16") == sixteen:
             by_method.setdefault(method, []).append(float(row["step_s"]))
     made = []
     for method, seconds in by_method.items():
@@ -187,7 +187,7 @@ def _trec(dtype: str) -> Group:
         shape = _on_cpu("smollm2", 8, 64, optimizer, dtype, clipped)
         made.append(Row(method, statistics.median(seconds), shape, share=share))
     return Group(
-        f"`quality_cost.csv`: SmolLM2-135M, {dtype}, clipped to norm 1; the tokens of a step are not known, so only ratios are tested",
+        f"`quality_cost.csv`, TREC: SmolLM2-135M, {dtype}, clipped to norm 1; the tokens of a step are not known, so only ratios are tested",
         made,
         tokens_known=False,
     )
