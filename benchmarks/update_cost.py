@@ -7,7 +7,7 @@
 Processes of one program differ by some percent, by where memory lies and by the clock of the machine; two steps one after the other share both. The two
 kinds of step are the same but for norm and update: forward, recompute, backward, the slices of the head. Which one of a pair comes first alternates, and
 the first pair of a process is not counted. *Norm and update* are timed in the step as well, for parameters outside of the slices of the vocabulary (in the TinyLlama shape
-88 % of them), so that what is not in them can be told from it: other page faults, and caches that hold other things when the next product begins.
+88 % of them), so that the rest of the difference can be told from them.
 
 Random weights and tokens, bfloat16, recomputed activations. Rows, one a pair, are appended to results/update_cost.csv; a line at the end has the medians.
 """
@@ -30,6 +30,7 @@ from unittest.mock import patch
 from peers.methods import nothing_updated
 from peers.rows import UPDATE_FIELDS, UPDATE_RESULTS, append, device_name, facts, read_all
 from peers.shapes import SHAPES, build
+from peers.summary import update_cost
 
 METHODS = {"lomo": "Lomo", "adalomo": "AdaLomo"}
 
@@ -95,7 +96,6 @@ def in_this_process(number: int, options: argparse.Namespace) -> None:
 
     common = {name: getattr(options, name) for name in ("model", "method", "batch_size", "seq_len", "threads")}
     common.update(facts("lowtide-lomo"), device=device_name(), process=number)
-    del common["peer"]
     for pair in range(options.pairs + 1):
         ids = torch.randint(SHAPES[options.model].vocab, (options.batch_size, options.seq_len), generator=generator)
         found = {}
@@ -106,8 +106,8 @@ def in_this_process(number: int, options: argparse.Namespace) -> None:
         found["norm_and_update_s"] = watch.seconds
         if pair == 0:
             continue
-        row = {name: round(value, 5) for name, value in found.items()}
-        append(options.results, {**common, "pair": pair, **row}, UPDATE_FIELDS)
+        row = {**common, "pair": pair, **{name: round(value, 5) for name, value in found.items()}}
+        append(options.results, {name: row[name] for name in UPDATE_FIELDS}, UPDATE_FIELDS)
         print(
             f"process {number}, pair {pair}: {found['updated_s']:.4g} s with updates ({watch.seconds:.3g} s norm and update), {found['nothing_s']:.4g} s without",
             flush=True,
@@ -116,8 +116,8 @@ def in_this_process(number: int, options: argparse.Namespace) -> None:
 
 def summary(rows: list[dict[str, str]]) -> str:
     """The medians of pairs, as a line."""
-    ratios = [float(row["updated_s"]) / float(row["nothing_s"]) for row in rows]
-    shares = [float(row["norm_and_update_s"]) / float(row["nothing_s"]) for row in rows]
+    found = update_cost(rows)
+    ratios, shares = found.ratios, found.shares
     return (
         f"A step with updates takes {statistics.median(ratios):.3f} of one without ({min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} pairs); norm and "
         f"update alone, timed inside, are {statistics.median(shares):.2%} of it ({min(shares):.2%} to {max(shares):.2%})."

@@ -156,11 +156,11 @@ class UpdateCost:
 
 
 def update_cost(rows: list[Row]) -> UpdateCost:
-    """Of the rows of one model, method and machine."""
+    """Of the rows of one model, method, machine and commit."""
     without = [float(row["nothing_s"]) for row in rows]
     return UpdateCost(
         tuple(float(row["updated_s"]) / seconds for row, seconds in zip(rows, without, strict=True)),
         tuple(float(row["norm_and_update_s"]) / seconds for row, seconds in zip(rows, without, strict=True)),
         statistics.median(int(row["updated_faults"]) - int(row["nothing_faults"]) for row in rows),
-        len({(row["commit"], row["date"], row["process"]) for row in rows}),
+        len({(row["date"], row["process"]) for row in rows}),
     )
