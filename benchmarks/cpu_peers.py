@@ -1,6 +1,6 @@
 """lowtide on a CPU beside everything that a user would pick instead: peak memory and time of a step, in one run.
 
-    python benchmarks/cpu_peers.py --model smollm2                 22 methods, 5 rounds
+    python benchmarks/cpu_peers.py --model smollm2                 23 methods, 5 rounds
     python benchmarks/cpu_peers.py --model tinyllama               the same with 1.1 B parameters; AdamW in float32 needs 20 GB
     python benchmarks/cpu_peers.py --growth parameters tokens tensors     how a few of them grow, one round unless --rounds says more
     python benchmarks/cpu_peers.py --model tiny --threads 1 --rounds 1    a rehearsal, some minutes

@@ -64,7 +64,7 @@ def test_shapes_count_what_is_built(name):
 
 
 @pytest.mark.parametrize(
-    "method", ["lowtide-lomo", "lowtide-nothing", "adamw-bf16", "tutorial-sgd", "trainer-adafactor"]
+    "method", ["lowtide-lomo", "lowtide-nothing", "torch-nothing", "adamw-bf16", "tutorial-sgd", "trainer-adafactor"]
 )
 def test_a_method_of_this_environment_takes_its_steps(method):
     found = train(method, "tiny", 2, 8, 2, threads=1)
@@ -73,10 +73,11 @@ def test_a_method_of_this_environment_takes_its_steps(method):
     assert found["peak_bytes"] >= found["baseline_bytes"] > 0 and found["first_step_s"] > 0 and found["step_s"] > 0
 
 
-def test_nothing_updated_means_nothing():
+@pytest.mark.parametrize("method", ["lowtide-nothing", "torch-nothing"])
+def test_nothing_updated_means_nothing(method):
     model = build(SHAPES["tiny"], "bfloat16")
     before = [param.detach().clone() for param in model.parameters()]
-    METHODS["lowtide-nothing"].train(model, [torch.ones(2, 8, dtype=torch.int64)], Clock())
+    METHODS[method].train(model, [torch.ones(2, 8, dtype=torch.int64)], Clock())
     assert all(torch.equal(old, new) and new.grad is None for old, new in zip(before, model.parameters(), strict=True))
 
 

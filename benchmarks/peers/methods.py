@@ -265,6 +265,20 @@ def in_hooks(model: Any, optimizers: dict[Any, Any], batches: Sequence[Any], clo
     clock.run(batches, step)
 
 
+def backward_alone(model: Any, batches: Sequence[Any], clock: Clock) -> None:
+    """torch's own backward pass, where a hook drops every gradient as soon as it is there."""
+    checkpoint(model)
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def step(ids: Any) -> Any:
+        loss = loss_of(model, ids)
+        loss.backward()
+        return loss
+
+    clock.run(batches, step)
+
+
 def tutorial(name: str, **settings: Any) -> Train:
     def train(model: Any, batches: Sequence[Any], clock: Clock) -> None:
         import torch
@@ -320,6 +334,7 @@ METHODS = {
     ),
     "lowtide-adamw": Method("lowtide PerParameter(AdamW)", fused(lowtide_adamw), "ours", extra_bytes=8),
     "lowtide-nothing": Method("lowtide's backward, nothing updated", nothing, "nothing"),
+    "torch-nothing": Method("torch's backward, nothing updated", backward_alone, "nothing"),
     "adamw-fp32": Method(
         "torch AdamW, float32", torch_optimizer("AdamW", lr=1e-5), dtype="float32", extra_bytes=12
     ),

@@ -83,7 +83,7 @@ def write(rows: list[Row], page: Path, images: Path, turns: list[Row], updates: 
 def section(group: dict[str, str], rows: list[Row], picture: Path, link: str) -> str:
     """One model on one machine."""
     found, failed = results(rows)
-    title = f"## {group['model']}, {group['batch_size']} x {group['seq_len']} tokens"
+    title = f"## {group['model']}, {group['batch_size']} x {group['seq_len']} tokens, {group['device'].split(',')[0]}"
     parts = [title, where(group, rows)]
     if found:
         parts += [table(found), "\n".join(f"- {line}" for line in says(found))]
@@ -143,7 +143,7 @@ def says(found: Iterable[Result]) -> list[str]:
     lines.append(
         f"lowtide Lomo takes {ours.weights:.2f} times the weights above its imports, and {ours.peak_bytes / (2 * ours.parameters):.2f} times in all."
     )
-    for other in ("lowtide-nothing", "lomo-optim"):
+    for other in ("lowtide-nothing", "torch-nothing", "lomo-optim"):
         if other in by and by[other].ratio:
             ratios = sorted(1 / ratio for ratio in by[other].ratios)
             middle = statistics.median(ratios)

@@ -9,6 +9,7 @@ from torch import nn
 
 import lowtide
 from helpers import tiny_batch, tiny_model
+from lowtide.fused import linear
 from lowtide.optim import sliced
 from lowtide.training import read_events, train
 from lowtide.training import run as run_module
@@ -77,6 +78,36 @@ def test_the_paper_s_claim_one_gradient_at_a_time():
     assert trace.most[GRADIENTS] == model.layers[0].weight.nbytes
     assert trace.most[STATE] == 0
     assert column(trace, GRADIENTS)[0][1] == column(trace, GRADIENTS)[-1][1] == 0
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_gradients_that_do_not_come_from_autograd(micro_batch_size, monkeypatch):
+    monkeypatch.setattr(linear, "computes_16bit", lambda: True)
+    traces = []
+    for fewest in (1, 2**30):  # elements
+        monkeypatch.setattr(linear, "_FEWEST", fewest)
+        model = tiny_model(dtype=torch.bfloat16)
+        optimizer = lowtide.Lomo(model.parameters(), lr=1e-3)
+        engine = lowtide.fuse(model, optimizer, micro_batch_size=micro_batch_size)
+        trace = MemoryTrace(engine, [optimizer], "cpu")
+        used = []
+        monkeypatch.setattr(linear.GradientRoom, "of", _noting(linear.GradientRoom.of, used))
+        with trace():
+            engine.backward(model(**tiny_batch()).loss)
+        assert bool(used) == (fewest == 1) and engine.room.observer is None
+        engine.remove()
+        traces.append(trace)
+    assert traces[0].most == traces[1].most
+    order = [dict.fromkeys(where for where, _ in column(trace, GRADIENTS)) for trace in traces]
+    assert list(order[0]) == list(order[1])
+
+
+def _noting(original, used):
+    def of(room, weight):
+        used.append(weight)
+        return original(room, weight)
+
+    return of
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ..optim.shards import compute_device, is_sharded
 from .call import Call
 from .last_product import LastProduct
+from .linear import LinearLayers
 from .matmul16 import fast_matmuls
 from .replay import keep_random_state
 from .sharded import UnshardedSums
@@ -88,6 +89,7 @@ class BlockRunner:
         self.sums = UnshardedSums(block) if sharded and micro_batch_size is not None else None
         self.last_product = LastProduct(block)
         self.slots: list[Slot] = []
+        self.linear_layers = LinearLayers(block, (), engine.room)  # see mark_shared
         self.calls: weakref.WeakSet[Call] = weakref.WeakSet()  # whose graph is alive
         self.original = block.forward
         self.parameters = inspect.signature(block.forward).parameters
@@ -237,13 +239,16 @@ def _recompute(
         for tensor, needed in zip(call.slices(tensors, micro_batch), needs_grad, strict=True)
     ]
 
+    linear_layers = call.runner.linear_layers
+
     def forward() -> Any:
         call.random_states[number].restore()
-        with torch.enable_grad(), torch.autocast(**call.autocast):
+        with torch.enable_grad(), torch.autocast(**call.autocast), linear_layers.taken():
             return call.forward(inputs)
 
     output = call.runner.last_product.run(forward)
     outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    linear_layers.look_at(outputs)
     pairs = [
         (part, grad[call.rows(grad, micro_batch)])
         for part, grad in zip(outputs, grad_outputs, strict=True)

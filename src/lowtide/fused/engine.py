@@ -135,7 +135,7 @@ class Engine(BackwardPass):
         """Of vocabulary matrices that several modules share: see ``SliceIntake.num_edges``."""
         shared = {intake.slot.param: intake for intake in self._intakes if intake.slot.always_shared}
         if shared:
-            for param, number in count_edges(loss, shared).items():
+            for param, number in count_edges([loss], shared).items():
                 shared[param].num_edges = number
 
     def measure_norm(self, loss: Tensor) -> float:

@@ -19,6 +19,7 @@ from ..optim.prepare import Prepare
 from ..ranks import ALONE
 from .clipping import AdaptiveClip, GradNorm
 from .kept import KeptGradients
+from .linear import GradientRoom
 from .loss_scale import LossScale
 from .sharded import Arrived
 
@@ -62,6 +63,7 @@ class BackwardPass:
         # remembers that one was not finite, and turns the updates that follow into nothing.
         self._broken: dict[torch.device, Tensor] = {}
         self.ranks = ALONE  # that take part; the engine knows
+        self.room = GradientRoom()  # for gradients of blocks, one at a time
         self.arrived = Arrived(self)  # sharded gradients that wait for others
         self._reads_norms = True  # where the host has not to wait for them; tests take the accelerator's path on a CPU
 
@@ -130,6 +132,7 @@ class BackwardPass:
 
     def _close_backward(self) -> None:
         self._finish_shared()
+        self.room.release()
         self._open = self._skip = self._plain = False
         self._waiting = set(self.optimizers)
 

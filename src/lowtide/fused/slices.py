@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -177,11 +177,11 @@ class SliceIntake:
             self.slot.shared = self.slot.always_shared
 
 
-def count_edges(loss: Tensor, params: Collection[Tensor]) -> dict[Tensor, int]:
-    """For each parameter the edges that lead to it in the graph of ``loss``: its uses, as far as autograd knows of them."""
+def count_edges(outputs: Iterable[Tensor], params: Collection[Tensor]) -> dict[Tensor, int]:
+    """For each parameter the edges that lead to it in the graph of ``outputs``: its uses, as far as autograd knows of them."""
     counts = dict.fromkeys(params, 0)
-    todo = [loss.grad_fn] if loss.grad_fn is not None else []
-    seen = set(todo)
+    seen = {output.grad_fn for output in outputs if output.grad_fn is not None}
+    todo = list(seen)
     while todo:
         for follower, _ in todo.pop().next_functions:
             variable = getattr(follower, "variable", None)

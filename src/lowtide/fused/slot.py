@@ -14,6 +14,7 @@ from ..optim.base import SIXTEEN_BIT
 from ..optim.shards import is_sharded
 from ..optim.sliced import SlicedGradient
 from .clipping import vector_norm
+from .linear import LinearLayers
 from .rows import HeldRows
 from .slices import PreparedPieces, SliceIntake, norm_of_parts
 
@@ -100,6 +101,27 @@ class Slot:
             return
         if self.shared or (in_its_block and engine._accumulating):
             self._accumulate(grad)
+        elif self.total is not None:
+            self._accumulate(grad)
+            self.flush()
+        else:
+            self.apply(grad)
+
+    @property
+    def takes_borrowed(self) -> bool:
+        """In the backward pass of its block: whether a gradient may come to :meth:`take_borrowed` in the place of autograd's."""
+        engine = self.engine
+        in_its_block = engine._running is not None and engine._running is self.runner
+        if not in_its_block or self.handle is None or self.shared:
+            return False
+        return engine._kept is None and not self.optimizer.may_keep_gradients
+
+    def take_borrowed(self, grad: Tensor) -> None:
+        """What :meth:`on_grad` does, for a 16-bit gradient whose memory is used for the next one after that."""
+        if self.engine._skip:
+            return
+        if self.engine._accumulating:
+            self._accumulate(grad)  # a float32 copy
         elif self.total is not None:
             self._accumulate(grad)
             self.flush()
@@ -220,6 +242,7 @@ def mark_shared(slots: dict[Tensor, Slot], runners: Sequence[BlockRunner], model
         for slot in runner.slots:
             slot.runner = runner
             seen[slot.param] = seen.get(slot.param, 0) + 1
+        runner.linear_layers = LinearLayers(runner.block, runner.slots, runner.engine.room)
     inside = {id(module) for runner in runners for module in runner.block.modules()}
     for module in model.modules():
         if id(module) not in inside:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ..fused.matmul16 import fast_matmuls
 from ..fused.slices import SliceIntake, Use
+from ..fused.turned import transposed_product
 from ..optim.base import SIXTEEN_BIT
 from ..optim.sliced import SlicedGradient, rows_at_a_time
 
@@ -258,7 +259,7 @@ class _HeadGradient(SlicedGradient):
                     self.grad_hidden[tokens] += grad @ weight.to(self.hidden.dtype)
                 if not of_weight:
                     continue
-                part = grad.t() @ self.hidden[tokens]
+                part = transposed_product(grad, self.hidden[tokens])
                 if found is None:
                     found = part if num_tokens <= height else part.float()
                 else:

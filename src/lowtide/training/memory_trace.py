@@ -81,6 +81,7 @@ class MemoryTrace:
             _hook(slot, self._at_gradient(slot, name))
             if slot.intake is not None:
                 slot.intake.observer = self._at_slice(name)
+        engine.room.observer = self._in_room
         self._start = time.perf_counter()
         self._at_border("before the step")
         thread = threading.Thread(target=self._watch, args=(done,), name="lowtide-memory", daemon=True)
@@ -94,6 +95,7 @@ class MemoryTrace:
             self._at_border("after the step")
             for handle in handles:
                 handle.remove()
+            engine.room.observer = None
             for slot in engine._slots.values():
                 _hook(slot, slot.on_grad)
                 if slot.intake is not None:
@@ -157,19 +159,32 @@ class MemoryTrace:
 
     def _at_gradient(self, slot: Slot, name: str) -> Callable[[Tensor], None]:
         def on_grad(param: Tensor) -> None:
-            running = self._engine._running
-            where = f"{self._pass()}, {name if running is None else self._names[running]}"
-            if where != self._where:
-                self._at_border(where)
-            with self._lock:
-                self._parts.pop(param, None)
-                self._fresh = 0 if param.grad is None else local_bytes(param.grad)
-            self._take()
+            self._before_use(slot, name, param.grad)
             slot.on_grad(param)  # the gradient is used, and gone, or added to what is held
-            with self._lock:
-                self._fresh, self._held[slot] = 0, held_bytes(slot)
+            self._after_use(slot)
 
         return on_grad
+
+    def _before_use(self, slot: Slot, name: str, grad: Tensor | None) -> None:
+        running = self._engine._running
+        where = f"{self._pass()}, {name if running is None else self._names[running]}"
+        if where != self._where:
+            self._at_border(where)
+        with self._lock:
+            self._parts.pop(slot.param, None)
+            self._fresh = 0 if grad is None else local_bytes(grad)
+        self._take()
+
+    def _after_use(self, slot: Slot) -> None:
+        with self._lock:
+            self._fresh, self._held[slot] = 0, held_bytes(slot)
+
+    def _in_room(self, slot: Slot, grad: Tensor | None) -> None:
+        """Of a gradient that does not come from autograd: before it is used, and after that with None."""
+        if grad is None:
+            self._after_use(slot)
+        else:
+            self._before_use(slot, "a parameter", grad)  # of a block, whose name is shown
 
     def _at_slice(self, name: str) -> Callable[[Tensor], None]:
         """Of a vocabulary matrix: it is gone when the next one comes, or something else."""

@@ -225,4 +225,61 @@ EXPORT void sums_of_squares(const uint16_t *grad, ptrdiff_t numel, double *sums,
     }
 }
 
+// A square of SIDE x SIDE numbers is turned by five rounds of interleaving its rows, in registers where the processor has them.
+enum { SIDE = 32 };
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define IN_REGISTERS
+#endif
+#endif
+
+#ifdef IN_REGISTERS
+typedef uint16_t row32 __attribute__((vector_size(2 * SIDE)));
+
+#define EVEN(a, b)                                                                                                                \
+    __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, \
+                            45, 14, 46, 15, 47)
+#define ODD(a, b)                                                                                                                   \
+    __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, \
+                            28, 60, 29, 61, 30, 62, 31, 63)
+
+INLINE void interleave(const row32 *restrict from, row32 *restrict to) {
+    for (int k = 0; k < SIDE / 2; k++) {
+        to[2 * k] = EVEN(from[k], from[k + SIDE / 2]);
+        to[2 * k + 1] = ODD(from[k], from[k + SIDE / 2]);
+    }
+}
+
+INLINE void turn_square(const uint16_t *restrict in, ptrdiff_t stride, uint16_t *restrict out, ptrdiff_t out_stride) {
+    row32 a[SIDE], b[SIDE];
+    for (int k = 0; k < SIDE; k++) memcpy(&a[k], in + k * stride, sizeof a[k]);
+    interleave(a, b);
+    interleave(b, a);
+    interleave(a, b);
+    interleave(b, a);
+    interleave(a, b);
+    for (int k = 0; k < SIDE; k++) memcpy(out + k * out_stride, &b[k], sizeof b[k]);
+}
+#else
+INLINE void turn_square(const uint16_t *restrict in, ptrdiff_t stride, uint16_t *restrict out, ptrdiff_t out_stride) {
+    for (int column = 0; column < SIDE; column++)
+        for (int row = 0; row < SIDE; row++) out[column * out_stride + row] = in[row * stride + column];
+}
+#endif
+
+// A matrix of 16-bit numbers, [rows, cols] with `stride` numbers from row to row, into its transpose [cols, rows], contiguous.
+EXPORT void transpose(const uint16_t *restrict in, ptrdiff_t stride, uint16_t *restrict out, ptrdiff_t rows, ptrdiff_t cols, int threads) {
+    ptrdiff_t strips = (cols + SIDE - 1) / SIDE;
+    (void)threads;
+    PARALLEL(threads)
+    for (ptrdiff_t strip = 0; strip < strips; strip++) {
+        ptrdiff_t from = strip * SIDE, to = from + SIDE < cols ? from + SIDE : cols, row = 0;
+        if (to - from == SIDE)
+            for (; row + SIDE <= rows; row += SIDE) turn_square(in + row * stride + from, stride, out + from * rows + row, rows);
+        for (ptrdiff_t column = from; column < to; column++)
+            for (ptrdiff_t rest = row; rest < rows; rest++) out[column * rows + rest] = in[rest * stride + column];
+    }
+}
+
 EXPORT int chunk_numel(void) { return CHUNK; }

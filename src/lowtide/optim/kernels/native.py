@@ -52,6 +52,7 @@ _SIGNATURES = {
     "adalomo_step": [*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _POINTER, _FLOAT, _FLOAT, *_PREPARE, *_HOW, _INT, _INT, _INT],
     "round_into": [_POINTER, _POINTER, _POINTER, _SIZE, *_HOW, _INT],
     "sums_of_squares": [_POINTER, _SIZE, _POINTER, _INT],
+    "transpose": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _INT],
 }  # fmt: skip
 
 
@@ -161,6 +162,15 @@ def norm(grad: Tensor) -> float:
     return math.sqrt(sums.sum().item())
 
 
+def transposed(matrix: Tensor) -> Tensor:
+    """A contiguous transpose of a matrix of 16-bit numbers on a CPU: [M, N] with neighbours in a row side by side, as [N, M]."""
+    assert matrix.dim() == 2 and matrix.element_size() == 2 and matrix.stride(1) == 1
+    out = matrix.new_empty(matrix.shape[1], matrix.shape[0])
+    if out.numel():
+        _call("transpose", matrix.data_ptr(), matrix.stride(0), out.data_ptr(), *matrix.shape, _num_threads(matrix))
+    return out
+
+
 def _prepare(inv_scale: float, clip_value: float | None, factor: float) -> tuple[float, float, float]:
     return inv_scale, math.inf if clip_value is None else clip_value, factor
 
@@ -242,7 +252,14 @@ def _compiled(compiler: str, anew: bool = False) -> Path:
 def _compile(compiler: str, openmp: list[str], scratch: Path) -> Path:
     """With threads if the compiler can, for this processor if it can."""
     command = [*compiler.split(), *_FLAGS]
-    tries = [["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-fopenmp"], ["-march=native"], []]
+    tries = [
+        ["-march=native", "-mprefer-vector-width=512", "-fopenmp"],
+        ["-march=native", "-fopenmp"],
+        ["-mcpu=native", "-fopenmp"],
+        ["-fopenmp"],
+        ["-march=native"],
+        [],
+    ]
     problem: subprocess.CalledProcessError | None = None
     for extra in tries:
         threads = openmp if "-fopenmp" in extra else []

@@ -1,0 +1,185 @@
+"""Linear layers of a block, in its recomputes: their weights' gradients are made in one place in memory, and applied there.
+
+autograd makes the gradient of a weight anew each time and hands it over. On a CPU that is memory which the system gives page by page, as often as it has been
+given back: a third of a step's page faults. So in a recompute a linear layer whose weight is a bfloat16 matrix on a CPU gets a node of its own in the graph,
+which puts the gradient where the one before it has been, has it applied, and returns none. Where somebody else needs the gradient (hooks, a weight that the
+graph uses in several places, gradients that are kept for clipping) the node returns it, and autograd takes it from there.
+
+The arithmetic is that of ``nn.Linear``, but see ``turned.py``.
+
+Shape letters: T = tokens, I = in_features, O = out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from .matmul16 import computes_16bit
+from .slices import count_edges
+from .turned import transposed_product
+
+if TYPE_CHECKING:
+    from .slot import Slot
+
+_FEWEST = 2**16  # elements of a weight: for smaller ones autograd's way is as good
+
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_in_functorch = getattr(torch._C, "_are_functorch_transforms_active", None)
+
+
+class GradientRoom:
+    """Memory for one gradient at a time, as large as the largest so far.
+
+    Attributes:
+        observer: is told of every gradient before it is used, and with None after that.
+    """
+
+    def __init__(self) -> None:
+        self._room: Tensor | None = None
+        self.observer: Callable[[Slot, Tensor | None], None] | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Room for the gradient of a weight, in its shape; whatever was there is lost."""
+        if self._room is None or self._room.numel() < weight.numel():
+            self._room = None  # before there is another
+            self._room = weight.new_empty(weight.numel())
+        return self._room[: weight.numel()].view(weight.shape)
+
+    def release(self) -> None:
+        """The pass is over."""
+        self._room = None
+
+
+class LinearLayers:
+    """The linear layers of one block.
+
+    Args:
+        block: any module.
+        slots: of its parameters.
+        room: for their gradients; blocks share it.
+    """
+
+    def __init__(self, block: nn.Module, slots: Iterable[Slot], room: GradientRoom) -> None:
+        self._slots: dict[Tensor, Slot] = {}
+        if computes_16bit() and not any(_is_compiled(module) for module in block.modules()):
+            for slot in slots:
+                if type(slot.param) is nn.Parameter and slot.param.dim() == 2 and slot.param.numel() >= _FEWEST:
+                    self._slots[slot.param] = slot
+        self._room = room
+        self._uses: list[_Use] = []
+
+    def taken(self) -> AbstractContextManager[Any]:
+        """Around the forward pass of a recompute."""
+        self._uses = []
+        return _Mode(self._slots, self._room, self._uses) if self._slots else nullcontext()
+
+    def look_at(self, outputs: Iterable[Tensor]) -> None:
+        """After it: find the weights that the graph uses in one place.
+
+        Args:
+            outputs: of the block.
+        """
+        if not self._uses:
+            return
+        edges = count_edges(outputs, {use.slot.param for use in self._uses})
+        for use in self._uses:
+            use.is_only = edges[use.slot.param] == 1
+        self._uses = []  # the graph holds them
+
+
+class _Use:
+    """A call of a linear layer.
+
+    Attributes:
+        is_only: the graph uses the weight nowhere else.
+    """
+
+    __slots__ = ("is_only", "room", "slot")
+
+    def __init__(self, slot: Slot, room: GradientRoom) -> None:
+        self.slot, self.room, self.is_only = slot, room, False
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, slots: dict[Tensor, Slot], room: GradientRoom, uses: list[_Use]) -> None:
+        super().__init__()
+        self._slots, self._room, self._uses = slots, room, uses
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear and not kwargs and len(args) in (2, 3):
+            slot = self._slots.get(args[1])
+            if slot is not None and _is_plain(*args):
+                use = _Use(slot, self._room)
+                self._uses.append(use)
+                return _linear(*args, use=use)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_plain(x: Any, weight: Tensor, bias: Any = None) -> bool:
+    """Whether a node of our own does what torch would do: bfloat16 on a CPU, and nobody watches what is saved or comes back."""
+    if type(x) is not Tensor or x.dim() < 2 or x.numel() == 0 or not torch.is_grad_enabled():
+        return False
+    if not (x.dtype == weight.dtype == torch.bfloat16 and x.device.type == weight.device.type == "cpu"):
+        return False
+    if not weight.is_contiguous():
+        return False
+    if bias is not None and (type(bias) not in (Tensor, nn.Parameter) or bias.dtype != weight.dtype):
+        return False
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != weight.dtype:
+        return False
+    if weight._backward_hooks or len(getattr(weight, "_post_accumulate_grad_hooks", None) or ()) > 1:
+        return False
+    if _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None:
+        return False
+    return _in_functorch is not None and not _in_functorch()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, use: _Use) -> Tensor:
+    out = _Linear.apply(x.reshape(-1, weight.shape[1]), weight, bias, use)
+    # Not a view for autograd, as with torch's own: it may be changed in place.
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
+
+
+class _Linear(torch.autograd.Function):
+    """``functional.linear`` of x [T, I], whose backward has the gradient of the weight applied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, use: _Use) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.use = use
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        use: _Use = ctx.use
+        grad_x = grad_output @ weight if ctx.needs_input_grad[0] else None
+        grad_bias = grad_output.sum(0) if ctx.needs_input_grad[2] else None
+        grad_weight: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            if use.is_only and use.slot.takes_borrowed:
+                _use_borrowed(use, transposed_product(grad_output, x, out=use.room.of(weight)))
+            else:
+                grad_weight = transposed_product(grad_output, x)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _use_borrowed(use: _Use, grad: Tensor) -> None:
+    observer = use.room.observer
+    if observer is not None:
+        observer(use.slot, grad)
+    use.slot.take_borrowed(grad)
+    if observer is not None:
+        observer(use.slot, None)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
