@@ -77,8 +77,27 @@ def test_it_is_given_back_seldom_and_the_peak_hardly_grows(machine):
     for _ in range(3):
         step(machine, device, blocks)
     live = (1000 + 4 * len(blocks) + 200) * MB  # at the first block of a backward pass
-    assert live <= machine.peak <= live + 25 * MB
-    assert 3 * 2 <= len(machine.trims) <= 3 * 6  # around every block: 60
+    # A heap that grows for ever, by 20 MB a block: it may have a quarter of 200 MB more than after the first block.
+    assert live <= machine.peak <= live + 25 * MB + 50 * MB
+    assert 3 * 2 <= len(machine.trims) <= 3 * 5  # around every block: 60
+
+
+def test_a_heap_that_stops_growing_is_left_alone(machine):
+    blocks, device = large_blocks(), home.DeviceHome()
+    for number in range(4):
+        machine.trims = []
+        for block in blocks:
+            device.fetch(block)
+            machine.run(60 * MB, 60 * MB)
+            device.release(block)
+            machine.used += 4 * MB
+        machine.run(100 * MB, 0)
+        for place, block in enumerate(reversed(blocks)):
+            device.fetch(block)
+            machine.run(200 * MB, 200 * MB - (8 * MB >> place))
+            device.write_back(block)
+            machine.used -= 4 * MB
+        assert number == 0 or len(machine.trims) == 2  # where forward turns to backward
 
 
 def test_it_is_given_back_where_forward_turns_to_backward(machine):

@@ -36,12 +36,16 @@ class DeviceHome:
         self._trim.after_backward(block)
 
 
+_SPARE = 1.25  # as many times what a block's backward leaves may lie about: see below
+
+
 class MemoryTrim:
     """Gives memory that the allocator keeps without use back to the system, on a CPU, between large blocks.
 
     What a block has freed the next one needs again, and getting it back page by page costs time: giving all of it back around every block
     took a tenth of a step. But not everything finds room in what is free, so that the heap grows from block to block. So it is given back where
-    forward turns to backward, which need pieces of other sizes, and whenever it is more than the first block there leaves
+    forward turns to backward, which need pieces of other sizes, and whenever it is a quarter more than the first block there leaves. Growth slows down
+    after some blocks: giving back whatever is above what the first block leaves made five to ten times as many page faults, and the highest was the same
     (``benchmarks/memory_trim.py``). In the first forward pass, when that is not known, it is given back around every block.
     """
 
@@ -65,7 +69,7 @@ class MemoryTrim:
             self._last = block
             self._give_back()
             self._highest, self._left = self._floor or 0, []  # what was left with another batch is no measure
-        elif not self._left or resident > self._highest + max(self._left):
+        elif not self._left or resident > self._highest + _SPARE * max(self._left):
             self._give_back()
 
     def after_forward(self, block: nn.Module) -> None:
