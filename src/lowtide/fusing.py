@@ -151,7 +151,7 @@ def fuse(
             head three times. False for whole gradients. Optimizers of :class:`PerParameter` and ``clip_memory_bytes`` need whole ones.
         keep_activations: blocks, the last ones of the model, whose activations are kept instead of being computed again: a step of
             such a block is a quarter shorter, and its activations take the memory that they take without checkpointing. The results are the
-            same bits. On a CPU with glibc the process keeps memory that it frees, for the next step. For whole batches, weights on the device, and not for 16-bit weights on a CPU without instructions for them. A number larger than that of the blocks is all of them.
+            same bits, on processors with AMX but for a last one now and then (``docs/how-it-works.md``). On a CPU with glibc the process keeps memory that it frees, for the next step. For whole batches, weights on the device, and not for 16-bit weights on a CPU without instructions for them. A number larger than that of the blocks is all of them.
 
     Raises:
         ValueError, TypeError, RuntimeError: something here cannot be fused; the message says what to do instead.

@@ -13,6 +13,7 @@ import lowtide
 from helpers import tiny_batch, tiny_model
 from lowtide.fused import linear, turned
 from lowtide.fused.slot import Slot
+from lowtide.optim import FusibleOptimizer
 from lowtide.optim.kernels import native
 
 FAMILIES = ["llama", "qwen3", "gpt_neox", "gemma2", "mixtral", "qwen3_moe"]
@@ -116,6 +117,19 @@ class Body(nn.Module):
         return self.block(x)
 
 
+class Stop(torch.autograd.Function):
+    """Passes values on, and no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
 class Block(nn.Module):
     """Two layers; ``kind`` says what is odd about them."""
 
@@ -138,6 +152,20 @@ class Block(nn.Module):
             if hidden.requires_grad:
                 hidden.register_hook(lambda grad: grad * float("inf"))
             return self.two(hidden)
+        if self.kind == "gradient inside":
+            out = self.two(self.one(x).tanh())
+            if torch.is_grad_enabled():
+                z = x.detach().requires_grad_()
+                aside = self.one(z).tanh().sum()
+                out.register_hook(lambda grad: grad + torch.autograd.grad(aside, z)[0].mean())
+            return out
+        if self.kind == "differentiated twice":
+            with torch.enable_grad():
+                z = x.detach().requires_grad_()
+                energy = self.two(self.one(z).tanh()).sum()
+                return torch.autograd.grad(energy, z, create_graph=torch.is_grad_enabled())[0] + x
+        if self.kind == "stopped":
+            return self.two(x) + Stop.apply(self.one(x))
         if self.kind == "checkpoint":
             return self.two(checkpoint(lambda y: self.one(y).tanh(), x, use_reentrant=False))
         if self.kind == "two dimensions":
@@ -170,7 +198,7 @@ def step_of(model, blocks, lr=0.5, **options):
     ("kind", "number"),
     [
         ("plain", 2), ("twice", 1), ("elsewhere", 1), ("in place", 2), ("checkpoint", 1), ("two dimensions", 2),
-        ("not contiguous", 2), ("not all", 1), ("keywords", 1),
+        ("not contiguous", 2), ("not all", 1), ("keywords", 1), ("gradient inside", 2), ("differentiated twice", 0), ("stopped", 1),
     ],
 )  # fmt: skip
 def test_odd_blocks(kind, number, monkeypatch):
@@ -238,10 +266,60 @@ def test_the_room_is_gone_after_the_pass_and_shared_by_the_blocks(monkeypatch):
     optimizer.step()
 
 
+def test_the_room_is_gone_after_an_error_and_fits_the_block(monkeypatch):
+    model = Body(Block()).train()
+    optimizer = lowtide.Lomo([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    engine = lowtide.fuse(model, optimizer, blocks=[model.block])
+    monkeypatch.setattr(Slot, "take_borrowed", lambda slot, grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.backward(model(torch.ones(3, 5, 8, dtype=torch.bfloat16)).float().sum())
+    assert engine.room._room is not None
+    optimizer.step()
+    assert engine.room._room is None
+    room = linear.GradientRoom()
+    assert room.of(torch.empty(4, 5)).shape == (4, 5)
+    room.fit(20)
+    assert room._room is not None
+    room.fit(19)
+    assert room._room is None
+
+
+def test_products_by_tiles_end_to_end(monkeypatch):
+    taken = Taken(monkeypatch)
+    expected, norms = trained(tiny_model("llama", torch.bfloat16), False, steps=1)
+    monkeypatch.setattr(turned, "multiplies_tiles", lambda: True)
+    monkeypatch.setattr(turned, "_FEWEST", 1)
+    got, found = trained(tiny_model("llama", torch.bfloat16), True, steps=1)
+    assert taken.number == 21
+    assert found == pytest.approx(norms, rel=1e-3)
+    differing = sum((got[name] != expected[name]).sum().item() for name in got)
+    assert differing < 0.01 * sum(tensor.numel() for tensor in got.values())
+    torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-3)
+
+
+def test_a_rule_of_somebody_else_may_keep_gradients(monkeypatch):
+    class Keeps(lowtide.Lomo):
+        may_keep_gradients = FusibleOptimizer.may_keep_gradients
+
+        def _update(self, param, grad, group, prepare):
+            self.kept = [*getattr(self, "kept", ()), (grad, grad.clone())]
+            super()._update(param, grad, group, prepare)
+
+    taken = Taken(monkeypatch)
+    model = tiny_model("llama", torch.bfloat16)
+    optimizer = Keeps(model.parameters(), lr=0.05)
+    lowtide.fuse(model, optimizer).backward(model(**tiny_batch()).loss)
+    assert taken.number == 0 and len(optimizer.kept) >= 21
+    assert all(torch.equal(grad, copied) for grad, copied in optimizer.kept)
+
+
 def test_small_weights_and_other_dtypes_are_autograds(monkeypatch):
     taken = Taken(monkeypatch)
-    trained(tiny_model("llama"), True)
+    model = tiny_model("llama")
+    trained(model, True)
     assert taken.number == 0
+    engine = lowtide.fuse(model, lowtide.Lomo(model.parameters()))
+    assert not any(isinstance(runner.linear_layers.taken(), linear._Mode) for runner in engine._runners)
     monkeypatch.setattr(linear, "_FEWEST", 2**16)
     trained(tiny_model("llama", torch.bfloat16), True)
     assert taken.number == 0

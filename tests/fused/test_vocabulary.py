@@ -308,7 +308,7 @@ def test_nothing_of_the_forward_pass_waits_but_hidden_states(weight_decay):
 def with_and_without_holding(monkeypatch, run):
     """The same run where rows of the batch's tokens are held, and where the whole gradient waits for the embedding's."""
     held = run()
-    monkeypatch.setattr(engine_module, "count_edges", lambda outputs, params: dict.fromkeys(params, 0))
+    monkeypatch.setattr(engine_module, "count_edges", lambda loss, params: dict.fromkeys(params, 0))
     return held, run()
 
 

@@ -135,7 +135,7 @@ class Engine(BackwardPass):
         """Of vocabulary matrices that several modules share: see ``SliceIntake.num_edges``."""
         shared = {intake.slot.param: intake for intake in self._intakes if intake.slot.always_shared}
         if shared:
-            for param, number in count_edges([loss], shared).items():
+            for param, number in count_edges(loss, shared).items():
                 shared[param].num_edges = number
 
     def measure_norm(self, loss: Tensor) -> float:
@@ -272,6 +272,7 @@ class Engine(BackwardPass):
         for optimizer in self.optimizers:
             optimizer.__dict__.pop("_close_step", None)
         self._slots, self._runners, self._intakes = {}, [], []
+        self.room.release()
         self.model.__dict__.pop("_lowtide_engine", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -348,6 +349,7 @@ class Engine(BackwardPass):
                 self._warn_lost()
 
     def _forget_step(self) -> None:
+        self.room.release()  # after an error in the middle of a pass
         for runner in self._runners:
             runner.close_step()
         for intake in self._intakes:

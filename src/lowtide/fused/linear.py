@@ -2,8 +2,9 @@
 
 autograd makes the gradient of a weight anew each time and hands it over. On a CPU that is memory which the system gives page by page, as often as it has been
 given back: a third of a step's page faults. So in a recompute a linear layer whose weight is a bfloat16 matrix on a CPU gets a node of its own in the graph,
-which puts the gradient where the one before it has been, has it applied, and returns none. Where somebody else needs the gradient (hooks, a weight that the
-graph uses in several places, gradients that are kept for clipping) the node returns it, and autograd takes it from there.
+which puts the gradient where the one before it has been, has it applied, and returns none. Where somebody else needs the gradient (a weight that the graph uses in
+several places, gradients that are kept for clipping, rules that may keep them) the node returns it, and autograd takes it from there. Where the weight has hooks, or somebody watches
+what autograd saves, the layer is torch's own. Hooks on autograd's AccumulateGrad nodes cannot be seen, and are not called.
 
 The arithmetic is that of ``nn.Linear``, but see ``turned.py``.
 
@@ -22,7 +23,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .matmul16 import computes_16bit
-from .slices import count_edges
+from .slices import walk_graph
 from .turned import transposed_product
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class GradientRoom:
             self._room = weight.new_empty(weight.numel())
         return self._room[: weight.numel()].view(weight.shape)
 
+    def fit(self, numel: int) -> None:
+        """Nothing larger than that many elements is wanted for now."""
+        if self._room is not None and self._room.numel() > numel:
+            self._room = None
+
     def release(self) -> None:
         """The pass is over."""
         self._room = None
@@ -67,38 +73,39 @@ class LinearLayers:
     """
 
     def __init__(self, block: nn.Module, slots: Iterable[Slot], room: GradientRoom) -> None:
-        self._slots: dict[Tensor, Slot] = {}
-        if computes_16bit() and not any(_is_compiled(module) for module in block.modules()):
-            for slot in slots:
-                if type(slot.param) is nn.Parameter and slot.param.dim() == 2 and slot.param.numel() >= _FEWEST:
-                    self._slots[slot.param] = slot
+        possible = computes_16bit() and not any(_is_compiled(module) for module in block.modules())
+        self._slots = {slot.param: slot for slot in slots if possible and _is_large(slot.param)}
+        self._largest = max((param.numel() for param in self._slots), default=0)
         self._room = room
-        self._uses: list[_Use] = []
+        self._uses: list[tuple[_Use, Any]] = []  # with their nodes
 
     def taken(self) -> AbstractContextManager[Any]:
-        """Around the forward pass of a recompute."""
+        """Around the forward pass of a recompute, with the weights where they are computed."""
         self._uses = []
-        return _Mode(self._slots, self._room, self._uses) if self._slots else nullcontext()
+        if not any(param.device.type == "cpu" for param in self._slots):
+            return nullcontext()
+        self._room.fit(self._largest)
+        return _Mode(self._slots, self._room, self._uses)
 
     def look_at(self, outputs: Iterable[Tensor]) -> None:
-        """After it: find the weights that the graph uses in one place.
+        """After it: find the layers whose weight is used nowhere else in the graph.
 
         Args:
             outputs: of the block.
         """
-        if not self._uses:
+        uses, self._uses = self._uses, []  # the graph holds them
+        if not uses:
             return
-        edges = count_edges(outputs, {use.slot.param for use in self._uses})
-        for use in self._uses:
-            use.is_only = edges[use.slot.param] == 1
-        self._uses = []  # the graph holds them
+        edges, nodes = walk_graph(outputs, {use.slot.param for use, _ in uses})
+        for use, node in uses:
+            use.is_only = edges[use.slot.param] == 1 and node in nodes
 
 
 class _Use:
     """A call of a linear layer.
 
     Attributes:
-        is_only: the graph uses the weight nowhere else.
+        is_only: the graph of the block uses the weight here and nowhere else.
     """
 
     __slots__ = ("is_only", "room", "slot")
@@ -108,7 +115,7 @@ class _Use:
 
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, slots: dict[Tensor, Slot], room: GradientRoom, uses: list[_Use]) -> None:
+    def __init__(self, slots: dict[Tensor, Slot], room: GradientRoom, uses: list[tuple[_Use, Any]]) -> None:
         super().__init__()
         self._slots, self._room, self._uses = slots, room, uses
 
@@ -117,8 +124,10 @@ class _Mode(TorchFunctionMode):
             slot = self._slots.get(args[1])
             if slot is not None and _is_plain(*args):
                 use = _Use(slot, self._room)
-                self._uses.append(use)
-                return _linear(*args, use=use)
+                out, node = _linear(*args, use=use)
+                if node is not None:
+                    self._uses.append((use, node))
+                return out
         return func(*args, **(kwargs or {}))
 
 
@@ -130,7 +139,7 @@ def _is_plain(x: Any, weight: Tensor, bias: Any = None) -> bool:
         return False
     if not weight.is_contiguous():
         return False
-    if bias is not None and (type(bias) not in (Tensor, nn.Parameter) or bias.dtype != weight.dtype):
+    if bias is not None and (type(bias) not in (Tensor, nn.Parameter) or bias.dtype != weight.dtype or bias.dim() != 1):
         return False
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != weight.dtype:
         return False
@@ -141,10 +150,11 @@ def _is_plain(x: Any, weight: Tensor, bias: Any = None) -> bool:
     return _in_functorch is not None and not _in_functorch()
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, use: _Use) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, use: _Use) -> tuple[Tensor, Any]:
+    """The output, and the node of the graph that made it."""
     out = _Linear.apply(x.reshape(-1, weight.shape[1]), weight, bias, use)
     # Not a view for autograd, as with torch's own: it may be changed in place.
-    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0])), out.grad_fn
 
 
 class _Linear(torch.autograd.Function):
@@ -154,21 +164,25 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, use: _Use) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.use = use
+        ctx.set_materialize_grads(False)
         return functional.linear(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return None, None, None, None
         x, weight = ctx.saved_tensors
         use: _Use = ctx.use
-        grad_x = grad_output @ weight if ctx.needs_input_grad[0] else None
-        grad_bias = grad_output.sum(0) if ctx.needs_input_grad[2] else None
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = grad_output @ weight if needs_x else None
+        grad_bias = grad_output.sum(0) if needs_bias else None
         grad_weight: Tensor | None = None
-        if ctx.needs_input_grad[1]:
-            if use.is_only and use.slot.takes_borrowed:
-                _use_borrowed(use, transposed_product(grad_output, x, out=use.room.of(weight)))
-            else:
-                grad_weight = transposed_product(grad_output, x)
+        if needs_weight and torch.is_grad_enabled():  # somebody differentiates this once more
+            grad_weight = grad_output.t() @ x
+        elif needs_weight and use.is_only and use.slot.takes_borrowed:
+            _use_borrowed(use, transposed_product(grad_output, x, out=use.room.of(weight)))
+        elif needs_weight:
+            grad_weight = transposed_product(grad_output, x)
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -179,6 +193,12 @@ def _use_borrowed(use: _Use, grad: Tensor) -> None:
     use.slot.take_borrowed(grad)
     if observer is not None:
         observer(use.slot, None)
+
+
+def _is_large(param: Tensor) -> bool:
+    return (
+        type(param) is nn.Parameter and param.dtype == torch.bfloat16 and param.dim() == 2 and param.numel() >= _FEWEST
+    )
 
 
 def _is_compiled(module: nn.Module) -> bool:

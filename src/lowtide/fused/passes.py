@@ -116,6 +116,7 @@ class BackwardPass:
             raise
         finally:
             self._measuring = self._open = False
+            self.room.release()
         if not math.isfinite(self._norm.value()):
             self._drop_all()
         return self._norm.value()
@@ -131,8 +132,8 @@ class BackwardPass:
         self._graph_task = torch._C._current_graph_task_id()
 
     def _close_backward(self) -> None:
-        self._finish_shared()
         self.room.release()
+        self._finish_shared()
         self._open = self._skip = self._plain = False
         self._waiting = set(self.optimizers)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -177,21 +177,27 @@ class SliceIntake:
             self.slot.shared = self.slot.always_shared
 
 
-def count_edges(outputs: Iterable[Tensor], params: Collection[Tensor]) -> dict[Tensor, int]:
-    """For each parameter the edges that lead to it in the graph of ``outputs``: its uses, as far as autograd knows of them."""
+def count_edges(loss: Tensor, params: Collection[Tensor]) -> dict[Tensor, int]:
+    """For each parameter the edges that lead to it in the graph of ``loss``: its uses, as far as autograd knows of them."""
+    return walk_graph([loss], params)[0]
+
+
+def walk_graph(outputs: Iterable[Tensor], params: Collection[Tensor]) -> tuple[dict[Tensor, int], set[Any]]:
+    """For each parameter the edges that lead to it in the graph of ``outputs``, and all nodes of that graph."""
     counts = dict.fromkeys(params, 0)
     seen = {output.grad_fn for output in outputs if output.grad_fn is not None}
-    todo = list(seen)
+    todo: list[Any] = list(seen)
     while todo:
         for follower, _ in todo.pop().next_functions:
-            variable = getattr(follower, "variable", None)
-            if variable is not None:
-                if variable in counts:
-                    counts[variable] += 1
-            elif follower is not None and follower not in seen:
+            if follower is None:
+                continue
+            if follower.name().endswith("AccumulateGrad"):
+                if follower.variable in counts:
+                    counts[follower.variable] += 1
+            elif follower not in seen:
                 seen.add(follower)
                 todo.append(follower)
-    return counts
+    return counts, seen
 
 
 class PreparedPieces:

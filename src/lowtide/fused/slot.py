@@ -114,6 +114,8 @@ class Slot:
         in_its_block = engine._running is not None and engine._running is self.runner
         if not in_its_block or self.handle is None or self.shared:
             return False
+        if not torch.autograd._is_checkpoint_valid():  # type: ignore[attr-defined,unused-ignore]
+            return False  # torch.autograd.grad
         return engine._kept is None and not self.optimizer.may_keep_gradients
 
     def take_borrowed(self, grad: Tensor) -> None:

@@ -117,6 +117,7 @@ class AdaLomo(SummedOptimizer):
             if writer is not None:
                 writer.write(param_slice, value, offset)
 
+    may_keep_gradients = False
     num_slice_walks = 3
 
     def update_slices(self, param: Tensor, pieces: Pieces, group: dict[str, Any]) -> None:

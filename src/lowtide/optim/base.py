@@ -146,8 +146,9 @@ class FusibleOptimizer(Optimizer):
     # for which this is False changes nothing, or next to nothing, by the gradient of zeros that it gets there.
     must_not_see_broken = False
 
-    # Whether something may refer to a gradient after its update, so that its memory cannot be used again.
-    may_keep_gradients = False
+    # Whether something may refer to a gradient after its update, so that its memory cannot be used for the next one. A rule that keeps
+    # none says so.
+    may_keep_gradients = True
 
     # How often the rule walks over the slices of a gradient; 0: it needs the whole.
     num_slice_walks = 0

@@ -49,6 +49,7 @@ class Lomo(FusibleOptimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "rounding": rounding, "rounding_seed": rounding_seed}
         super().__init__(params, defaults)
 
+    may_keep_gradients = False
     num_slice_walks = 1
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None) -> None:

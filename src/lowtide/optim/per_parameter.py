@@ -42,8 +42,6 @@ class PerParameter(FusibleOptimizer):
         ValueError: an option is out of range.
     """
 
-    may_keep_gradients = True  # a rule of somebody else
-
     must_not_see_broken = (
         True  # with a gradient of zeros such a class would still move by its momentum, and count a step
     )

@@ -228,7 +228,7 @@ EXPORT void sums_of_squares(const uint16_t *grad, ptrdiff_t numel, double *sums,
 // A square of SIDE x SIDE numbers is turned by five rounds of interleaving its rows, in registers where the processor has them.
 enum { SIDE = 32 };
 
-#if defined(__has_builtin)
+#if defined(__AVX512BW__) && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define IN_REGISTERS
 #endif
