@@ -26,6 +26,9 @@ torch's AdamW and SGD compute and keep everything in bfloat16. Adafactor is that
 that divided by two bytes a parameter, which are the weights in bfloat16; for float32, too. *Step*: median of the steps after the first. *Of Lomo's*: step time divided by that of lowtide
 Lomo in the same round; median, lowest and highest. *Trains*: which parameters a step updates.
 
+**Nothing updated.** Two passes that drop every gradient as soon as it is there: lowtide's own, in which all is the same as with Lomo but norm and update, and torch's, with transformers' checkpointing and a hook that drops it, which is
+what a loop without lowtide has before any optimizer.
+
 **Single methods.** BAdam trains the block in the middle, and its backward pass ends there, so it stands for the mean of its blocks. GaLore makes its projections anew every 200
 steps; here that is the first step alone, which the median leaves out. The Trainer's steps are timed between its callbacks, without fetching the batch. Code of libraries that is read
 when it first runs counts as "above imports", for all alike.
