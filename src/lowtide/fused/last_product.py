@@ -39,7 +39,7 @@ class LastProduct:
     def __init__(self, block: nn.Module) -> None:
         self._inside = [module for module in block.modules() if module is not block]
         self._layers = [module for module in self._inside if _is_plain(module)]
-        compiled = any(_is_compiled(module) for module in [block, *self._inside])
+        compiled = any(is_compiled(module) for module in [block, *self._inside])
         self._possible = bool(self._layers) and not compiled
         self._last: tuple[nn.Module, int] | None = None  # layer, and which of its calls in a recompute
         self._graph_is_known = False
@@ -235,5 +235,6 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has been there, so that what its layers do cannot be changed any more."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")

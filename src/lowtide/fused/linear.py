@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from .last_product import is_compiled
 from .matmul16 import computes_16bit
 from .slices import walk_graph
 from .turned import transposed_product
@@ -73,7 +74,7 @@ class LinearLayers:
     """
 
     def __init__(self, block: nn.Module, slots: Iterable[Slot], room: GradientRoom) -> None:
-        possible = computes_16bit() and not any(_is_compiled(module) for module in block.modules())
+        possible = computes_16bit() and not any(is_compiled(module) for module in block.modules())
         self._slots = {slot.param: slot for slot in slots if possible and _is_large(slot.param)}
         self._largest = max((param.numel() for param in self._slots), default=0)
         self._room = room
@@ -199,7 +200,3 @@ def _is_large(param: Tensor) -> bool:
     return (
         type(param) is nn.Parameter and param.dtype == torch.bfloat16 and param.dim() == 2 and param.numel() >= _FEWEST
     )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")

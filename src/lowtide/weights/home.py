@@ -45,8 +45,8 @@ class MemoryTrim:
     What a block has freed the next one needs again, and getting it back page by page costs time: giving all of it back around every block
     took a tenth of a step. But not everything finds room in what is free, so that the heap grows from block to block. So it is given back where
     forward turns to backward, which need pieces of other sizes, and whenever it is a quarter more than the first block there leaves. Growth slows down
-    after some blocks: giving back whatever is above what the first block leaves made five to ten times as many page faults, and the highest was the same
-    (``benchmarks/memory_trim.py``). In the first forward pass, when that is not known, it is given back around every block.
+    after some blocks: giving back whatever is above what the first block leaves made two to four times as many page faults, and the highest was the same
+    (by hand, ``docs/LOG.md``; ``benchmarks/memory_trim.py`` compares the ways). In the first forward pass, when that is not known, it is given back around every block.
     """
 
     def __init__(self) -> None:
