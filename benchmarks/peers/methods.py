@@ -124,7 +124,15 @@ def nothing_updated() -> Iterator[None]:
     def drop_slices(slot: Any, gradient: Any, again: bool = False) -> None:
         collections.deque(gradient.parts(all_rows=False), maxlen=0)
 
-    with patch.object(Slot, "apply", drop), patch.object(Slot, "apply_slices", drop_slices):
+    # Where a gradient can be applied while it is made, it is made and dropped.
+    def make(slot: Any, product: Any, room: Any) -> bool:
+        return False
+
+    with (
+        patch.object(Slot, "apply", drop),
+        patch.object(Slot, "apply_slices", drop_slices),
+        patch.object(Slot, "take_product", make),
+    ):
         yield
 
 

@@ -2,7 +2,8 @@
 
 autograd makes the gradient of a weight anew each time and hands it over. On a CPU that is memory which the system gives page by page, as often as it has been
 given back: a third of a step's page faults. So in a recompute a linear layer whose weight is a bfloat16 matrix on a CPU gets a node of its own in the graph,
-which puts the gradient where the one before it has been, has it applied, and returns none. Where somebody else needs the gradient (a weight that the graph uses in
+which puts the gradient where the one before it has been, has it applied, and returns none; with Intel's AMX the gradient is not even put
+anywhere, but applied while it is made (``optim/kernels/product.py``). Where somebody else needs the gradient (a weight that the graph uses in
 several places, gradients that are kept for clipping, rules that may keep them) the node returns it, and autograd takes it from there. Where the weight has hooks, or somebody watches
 what autograd saves, the layer is torch's own. Hooks on autograd's AccumulateGrad nodes cannot be seen, and are not called.
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..optim.kernels.product import TiledProduct
 from .last_product import is_compiled
 from .matmul16 import computes_16bit
 from .slices import walk_graph
@@ -45,6 +47,7 @@ class GradientRoom:
 
     def __init__(self) -> None:
         self._room: Tensor | None = None
+        self._scratch: Tensor | None = None
         self.observer: Callable[[Slot, Tensor | None], None] | None = None
 
     def of(self, weight: Tensor) -> Tensor:
@@ -54,6 +57,13 @@ class GradientRoom:
             self._room = weight.new_empty(weight.numel())
         return self._room[: weight.numel()].view(weight.shape)
 
+    def scratch(self, num_bytes: int) -> Tensor:
+        """Memory for whoever makes a gradient: uint8 [num_bytes]; whatever was there is lost."""
+        if self._scratch is None or self._scratch.numel() < num_bytes:
+            self._scratch = None  # before there is another
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._scratch[:num_bytes]
+
     def fit(self, numel: int) -> None:
         """Nothing larger than that many elements is wanted for now."""
         if self._room is not None and self._room.numel() > numel:
@@ -61,7 +71,7 @@ class GradientRoom:
 
     def release(self) -> None:
         """The pass is over."""
-        self._room = None
+        self._room = self._scratch = None
 
 
 class LinearLayers:
@@ -181,10 +191,24 @@ class _Linear(torch.autograd.Function):
         if needs_weight and torch.is_grad_enabled():  # somebody differentiates this once more
             grad_weight = grad_output.t() @ x
         elif needs_weight and use.is_only and use.slot.takes_borrowed:
-            _use_borrowed(use, transposed_product(grad_output, x, out=use.room.of(weight)))
+            _apply_product(use, grad_output, x)
         elif needs_weight:
             grad_weight = transposed_product(grad_output, x)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _apply_product(use: _Use, left: Tensor, right: Tensor) -> None:
+    """Have ``left.T @ right`` applied: while it is made, or else when it has been."""
+    room, slot = use.room, use.slot
+    product = TiledProduct.of(left, right, room.scratch)
+    if product is not None and room.observer is None and slot.take_product(product, room.of):
+        return
+    grad = room.of(slot.param)
+    if product is None:
+        transposed_product(left, right, out=grad)
+    else:
+        product.into(grad)
+    _use_borrowed(use, grad)
 
 
 def _use_borrowed(use: _Use, grad: Tensor) -> None:

@@ -235,6 +235,13 @@ class BackwardPass:
             return self._prepare_on_device(slot, self._norm.add(grad))
         return self._prepare_on_host(slot, self._norm.read(grad))
 
+    @property
+    def prepares_unseen(self) -> bool:
+        """Whether what is done to a gradient, if it is finite, does not depend on it, so that it can be applied while it is made."""
+        if self._measuring:
+            return self.adaptive is None and self.clip_grad_value is None
+        return self._norm.is_known or (self.adaptive is None and self._reads_norms)
+
     def prepare_with(self, slot: Slot, norm: float | Tensor) -> Prepare | None:
         """The same in a single pass, where the norm of the gradient is known: a number, or zero-dimensional on the device."""
         self._norm.take(norm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from .rows import HeldRows
 from .slices import PreparedPieces, SliceIntake, norm_of_parts
 
 if TYPE_CHECKING:
+    from ..optim.kernels.product import TiledProduct
     from .block import BlockRunner
     from .engine import Engine
 
@@ -129,6 +130,29 @@ class Slot:
             self.flush()
         else:
             self.apply(grad)
+
+    def take_product(self, product: TiledProduct, room: Callable[[Tensor], Tensor]) -> bool:
+        """The same for a gradient that has not been made yet; False: make it, and give it to :meth:`take_borrowed`.
+
+        Args:
+            product: the complete gradient, unless there are others to be added.
+            room: gives memory for the gradient of a parameter, in case that somebody wants to look at it.
+        """
+        engine = self.engine
+        if engine._skip or engine._accumulating or self.total is not None or not engine.prepares_unseen:
+            return False
+        if engine._measuring:
+            engine.measured_parts(self, product.norm() * engine._inv_scale)
+            return True
+        self.refuse_second()
+        group = self.optimizer.param_groups[self.group_index]
+        norm = self.optimizer.update_by_product(self.param, product, group, engine._prepare, room)
+        if norm is None:
+            return False
+        engine.take_norms([norm * engine._inv_scale])
+        self.step = engine._step
+        engine._num_updated += 1
+        return True
 
     def _accumulate(self, grad: Tensor) -> None:
         if self.total is None:

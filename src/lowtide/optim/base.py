@@ -7,7 +7,7 @@ ordinary ``step()``, and the fused engine the moment a gradient is complete. So 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from .rounding import ROUNDINGS, mix_key
 from .shards import first_element, is_sharded, local_part, sum_over_shards
 from .sliced import Pieces
 from .writing import Compensated, Nearest, Stochastic, Writer
+
+if TYPE_CHECKING:
+    from .kernels.product import TiledProduct
 
 # Parameter, gradient, its parameter group, and what is done to the gradient first.
 Update = tuple[Tensor, Tensor, dict[str, Any], Prepare | None]
@@ -130,6 +133,28 @@ class FusibleOptimizer(Optimizer):
         self._update(param, grad, group, prepare)
         if before is not None:
             self.lost_updates.after(before, local_part(param), local_part(grad))
+
+    def update_by_product(
+        self,
+        param: Tensor,
+        product: TiledProduct,
+        group: dict[str, Any],
+        prepare: Prepare | None,
+        room: Callable[[Tensor], Tensor],
+    ) -> float | None:
+        """:meth:`update_param` with a gradient that is applied while it is made, for rules that can do this.
+
+        Args:
+            param: the parameter, a bfloat16 matrix on a CPU.
+            product: its gradient, complete and finite.
+            group: the parameter group it belongs to.
+            prepare: what is done to the gradient first.
+            room: gives memory for a gradient of the parameter, if it is to be looked at.
+
+        Returns:
+            the 2-norm of the gradient as it comes, or None: nothing has been done, and the gradient itself is wanted.
+        """
+        return None
 
     def update_sharded(self, updates: Sequence[Update]) -> None:
         """Update several parameters whose rows are spread over ranks in the same way; every rank calls this with the same ones.

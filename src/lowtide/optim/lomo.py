@@ -7,8 +7,8 @@ stochastic rounding, ``compensation`` for compensated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,9 +16,12 @@ from . import kernels
 from .base import ROUNDING_STEP, SIXTEEN_BIT, FusibleOptimizer, compute_dtype, prepared
 from .prepare import Prepare
 from .rounding import paired_slices, slice_numel
-from .shards import local_part
+from .shards import is_sharded, local_part
 from .sliced import Pieces
 from .writing import Writer
+
+if TYPE_CHECKING:
+    from .kernels.product import TiledProduct
 
 
 class Lomo(FusibleOptimizer):
@@ -56,6 +59,32 @@ class Lomo(FusibleOptimizer):
         writer = self._writer(param, group) if param.dtype in SIXTEEN_BIT else None
         self._apply(local_part(param), local_part(grad), group, prepare, writer)
 
+    def update_by_product(
+        self,
+        param: Tensor,
+        product: TiledProduct,
+        group: dict[str, Any],
+        prepare: Prepare | None,
+        room: Callable[[Tensor], Tensor],
+    ) -> float | None:
+        """See :class:`FusibleOptimizer`."""
+        factor = 1.0 if prepare is None else prepare.factor
+        changed = any(
+            getattr(type(self), name) is not getattr(Lomo, name) for name in ("update_param", "_update", "_apply")
+        )
+        if changed or factor is None or is_sharded(param) or not kernels.native.takes(param):
+            return None
+        before = None
+        if self._rounding(group) != "compensated":
+            before = self.lost_updates.before(param, None)
+        grad = None if before is None else room(param)
+        norm = product.lomo_step(
+            param, lr=group["lr"] * factor, decay=_decay(group), out=grad, **self._writer(param, group).kernel_options(param)
+        )  # fmt: skip
+        if before is not None and grad is not None:
+            self.lost_updates.after(before, param, grad)
+        return norm
+
     def update_slices(self, param: Tensor, pieces: Pieces, group: dict[str, Any]) -> None:
         """See :class:`FusibleOptimizer`: every slice is updated when it comes."""
         writer: Writer | None = None
@@ -80,7 +109,7 @@ class Lomo(FusibleOptimizer):
         factor = 1.0 if prepare is None else prepare.factor
         if factor is not None:
             prepare = None  # it goes into the learning rate
-        step_size, decay = group["lr"] * (1.0 if factor is None else factor), 1.0 - group["lr"] * group["weight_decay"]
+        step_size, decay = group["lr"] * (1.0 if factor is None else factor), _decay(group)
         if writer is not None:
             _apply_16bit(param, grad, prepare, step_size, decay, writer)
             return
@@ -93,6 +122,10 @@ class Lomo(FusibleOptimizer):
             if decay != 1.0:
                 param_slice.mul_(decay)
             param_slice.add_(prepared(grad_slice, compute_dtype(param), prepare), alpha=-step_size)
+
+
+def _decay(group: dict[str, Any]) -> float:
+    return 1.0 - float(group["lr"] * group["weight_decay"])
 
 
 def _apply_16bit(

@@ -24,13 +24,18 @@ class LostUpdates:
         self._counts: dict[torch.device, Tensor] = {}  # [unchanged, updated]
         self._calls = 0
 
-    def before(self, param: Tensor, grad: Tensor) -> Tensor | None:
-        """Before an update: a sample of the weights if this parameter's turn has come, else None."""
+    def before(self, param: Tensor, grad: Tensor | None) -> Tensor | None:
+        """Before an update: a sample of the weights if this parameter's turn has come, else None.
+
+        Args:
+            param: the parameter.
+            grad: its gradient; None if it will be made contiguous for :meth:`after` when it is wanted.
+        """
         self._calls += 1
         # A multiplicative hash, not the remainder: a model whose number of parameters divides by it would show the same ones.
         if (self._calls * 0x9E3779B1 & 0xFFFFFFFF) >> 16 & (_ONE_IN - 1):
             return None
-        if not (param.is_contiguous() and grad.is_contiguous()) or param.numel() == 0:
+        if not (param.is_contiguous() and (grad is None or grad.is_contiguous())) or param.numel() == 0:
             return None
         return _sample(param).clone()
 

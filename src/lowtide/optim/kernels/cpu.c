@@ -282,4 +282,6 @@ EXPORT void transpose(const uint16_t *restrict in, ptrdiff_t stride, uint16_t *r
     }
 }
 
+#include "product.h"
+
 EXPORT int chunk_numel(void) { return CHUNK; }

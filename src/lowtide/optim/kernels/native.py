@@ -33,8 +33,9 @@ from . import launch
 _logger = get_logger(__name__)
 
 _SOURCE = Path(__file__).with_name("cpu.c")
+_INCLUDED = Path(__file__).with_name("product.h")
 _FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fPIC"]
-_ROUNDING = {"nearest": 0, "stochastic": 1, "compensated": 2}
+ROUNDING = {"nearest": 0, "stochastic": 1, "compensated": 2}
 _ONE_THREAD = 2**16  # elements below which it does not pay to wake other threads
 _COMPILE_TIMEOUT_S = 120
 
@@ -47,13 +48,22 @@ _POINTER, _SIZE, _FLOAT, _INT, _UINT32 = (
 )
 _PREPARE = [_FLOAT] * 3
 _HOW = [_UINT32, _UINT32, _INT]  # key, start, rounding
-_SIGNATURES = {
+_SIGNATURES: dict[str, list[Any]] = {
     "lomo_step": [_POINTER, _POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, *_PREPARE, *_HOW, _INT, _INT, _INT],
     "adalomo_step": [*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _POINTER, _FLOAT, _FLOAT, *_PREPARE, *_HOW, _INT, _INT, _INT],
     "round_into": [_POINTER, _POINTER, _POINTER, _SIZE, *_HOW, _INT],
     "sums_of_squares": [_POINTER, _SIZE, _POINTER, _INT],
     "transpose": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _INT],
+    "tiles_allowed": [],
 }  # fmt: skip
+# Of product.h, where the processor can do that.
+_SIGNATURES_OF_TILES: dict[str, list[Any]] = {
+    "product_room": [_SIZE],
+    "product_blocks": [_SIZE] * 3,
+    "product_begin": [_POINTER, _SIZE, _POINTER, *[_SIZE] * 4, _POINTER, _POINTER, _INT],
+    "product_end": [_POINTER, _SIZE, _POINTER, *[_SIZE] * 3, *[_POINTER] * 3, _FLOAT, _FLOAT, *_HOW, _POINTER, _POINTER, _INT],
+}  # fmt: skip
+_RESULTS = {"tiles_allowed": _INT, "product_room": _SIZE, "product_blocks": _SIZE}
 
 
 def available() -> bool:
@@ -92,8 +102,8 @@ def lomo_step(
     if param.numel() == 0 or math.isnan(factor):
         return
     torch.autograd.graph.increment_version(param)
-    _call(
-        "lomo_step", param.data_ptr(), grad.data_ptr(), _pointer(compensation), param.numel(), lr, decay,
+    call(
+        "lomo_step", param.data_ptr(), grad.data_ptr(), pointer(compensation), param.numel(), lr, decay,
         *_prepare(inv_scale, clip_value, factor), *_how(rounding, key, start), *_kind(grad, inv_scale, clip_value, factor),
         _num_threads(param),
     )  # fmt: skip
@@ -129,8 +139,8 @@ def adalomo_step(
         assert row.numel() == num_rows and row.dtype == torch.float32
     col = col.contiguous()
     assert col.numel() == num_rows // of_matrix * cols and col.dtype == torch.float32
-    _call(
-        "adalomo_step", param.data_ptr(), grad.data_ptr(), _pointer(compensation), num_rows, of_matrix, cols, _pointer(row),
+    call(
+        "adalomo_step", param.data_ptr(), grad.data_ptr(), pointer(compensation), num_rows, of_matrix, cols, pointer(row),
         col.data_ptr(), float(update_scale), 1.0 if decay is None else float(decay), *_prepare(inv_scale, clip_value, factor),
         *_how(rounding, key, start), *_kind(grad, inv_scale, clip_value, factor), _num_threads(param),
     )  # fmt: skip
@@ -144,11 +154,11 @@ def round_into(
     assert value.dtype == torch.float32
     torch.autograd.graph.increment_version(param)
     how = _how(rounding, key, start)
-    _call(
+    call(
         "round_into",
         param.data_ptr(),
         value.data_ptr(),
-        _pointer(compensation),
+        pointer(compensation),
         param.numel(),
         *how,
         _num_threads(param),
@@ -158,7 +168,7 @@ def round_into(
 def norm(grad: Tensor) -> float:
     """The 2-norm of a contiguous bfloat16 tensor on a CPU; partial sums are float32, and the same for any number of threads."""
     sums = torch.empty(-(-grad.numel() // _chunk_numel()), dtype=torch.float64)
-    _call("sums_of_squares", grad.data_ptr(), grad.numel(), sums.data_ptr(), _num_threads(grad))
+    call("sums_of_squares", grad.data_ptr(), grad.numel(), sums.data_ptr(), _num_threads(grad))
     return math.sqrt(sums.sum().item())
 
 
@@ -167,7 +177,7 @@ def transposed(matrix: Tensor) -> Tensor:
     assert matrix.dim() == 2 and matrix.element_size() == 2 and matrix.stride(1) == 1
     out = matrix.new_empty(matrix.shape[1], matrix.shape[0])
     if out.numel():
-        _call("transpose", matrix.data_ptr(), matrix.stride(0), out.data_ptr(), *matrix.shape, _num_threads(matrix))
+        call("transpose", matrix.data_ptr(), matrix.stride(0), out.data_ptr(), *matrix.shape, _num_threads(matrix))
     return out
 
 
@@ -176,14 +186,15 @@ def _prepare(inv_scale: float, clip_value: float | None, factor: float) -> tuple
 
 
 def _how(rounding: str, key: int, start: int) -> tuple[int, int, int]:
-    return key & 0xFFFFFFFF, start & 0xFFFFFFFF, _ROUNDING[rounding]
+    return key & 0xFFFFFFFF, start & 0xFFFFFFFF, ROUNDING[rounding]
 
 
 def _kind(grad: Tensor, inv_scale: float, clip_value: float | None, factor: float) -> tuple[bool, bool]:
     return grad.dtype == torch.float32, not (inv_scale == factor == 1.0 and clip_value is None)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
+    """What C gets."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -191,10 +202,11 @@ def _num_threads(tensor: Tensor) -> int:
     return 1 if tensor.numel() < _ONE_THREAD else torch.get_num_threads()
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> Any:
+    """Call a function of the compiled file; ask :func:`available` first."""
     library = _library()
     assert library is not None, "ask available() first"
-    getattr(library, name)(*arguments)
+    return getattr(library, name)(*arguments)
 
 
 @functools.cache
@@ -218,9 +230,9 @@ def _library() -> ctypes.CDLL | None:
             library = ctypes.CDLL(str(_compiled(compiler)))
         except OSError:  # damaged, or made on another system: once more
             library = ctypes.CDLL(str(_compiled(compiler, anew=True)))
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
+        _declare(library, _SIGNATURES)
+        if hasattr(library, "product_end"):
+            _declare(library, _SIGNATURES_OF_TILES)
     except (
         OSError,
         AttributeError,
@@ -233,10 +245,16 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+def _declare(library: ctypes.CDLL, signatures: dict[str, list[Any]]) -> None:
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, _RESULTS.get(name)
+
+
 def _compiled(compiler: str, anew: bool = False) -> Path:
     """The shared library, from the cache or made now; ``anew``: in any case."""
     openmp = _openmp_of_torch()
-    signed = hashlib.sha256(_SOURCE.read_bytes())
+    signed = hashlib.sha256(_SOURCE.read_bytes() + _INCLUDED.read_bytes())
     for part in (compiler, *_FLAGS, *openmp, platform.machine(), *platform.libc_ver(), _processor()):
         signed.update(part.encode() + b"\0")
     name = f"cpu-{signed.hexdigest()[:24]}.so"

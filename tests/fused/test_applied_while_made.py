@@ -1,0 +1,225 @@
+"""Gradients of linear layers that are applied while they are made: the same weights as with gradients that are made first.
+
+On any machine, with a stand-in for the product by tiles (``tests/optim/test_product.py`` has that itself), and with the product where there is AMX.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lowtide
+from helpers import tiny_batch, tiny_model
+from lowtide.fused import linear
+from lowtide.fused.slot import Slot
+from lowtide.optim import lost_updates
+from lowtide.optim.kernels import native, product
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="needs a C compiler (cc, gcc or clang)")
+
+
+class StandIn:
+    """What :class:`product.TiledProduct` does, by torch."""
+
+    def __init__(self, left, right):
+        self.made = torch.mm(left.t(), right)
+
+    @classmethod
+    def of(cls, left, right, scratch):
+        assert scratch(64).numel() == 64
+        found = cls(left, right)
+        return found if math.isfinite(found.norm()) else None
+
+    def norm(self):
+        return native.norm(self.made)
+
+    def into(self, out):
+        out.copy_(self.made)
+        return self.norm()
+
+    def lomo_step(self, param, *, out=None, **options):
+        native.lomo_step(param, self.made, **options)
+        if out is not None:
+            out.copy_(self.made)
+        return self.norm()
+
+
+@pytest.fixture(params=["stand-in", "tiles"], autouse=True)
+def kind(request, monkeypatch):
+    monkeypatch.setattr(linear, "_FEWEST", 1)
+    monkeypatch.setattr(linear, "computes_16bit", lambda: True)
+    monkeypatch.setattr(product, "_FEWEST", 1)
+    if request.param == "stand-in":
+        monkeypatch.setattr(linear, "TiledProduct", StandIn)
+    elif not product.allowed():
+        pytest.skip("needs a processor with AMX")
+    return request.param
+
+
+class Taken:
+    """Counts the gradients that were never seen; without ``apply`` they are all made first."""
+
+    def __init__(self, monkeypatch):
+        self.number, self.apply = 0, True
+        original = Slot.take_product
+
+        def counted(slot, product, room):
+            found = self.apply and original(slot, product, room)
+            self.number += found
+            return found
+
+        monkeypatch.setattr(Slot, "take_product", counted)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    return Taken(monkeypatch)
+
+
+def model_of(dtype=torch.bfloat16):
+    return tiny_model("llama", dtype, hidden_size=64, intermediate_size=128)
+
+
+def trained(rule=None, steps=3, batch=tiny_batch, **options):
+    """(Weights, norms, share of lost updates, state of the optimizer)."""
+    model = model_of()
+    optimizer = (rule or (lambda params: lowtide.Lomo(params, lr=0.05)))(model.parameters())
+    engine = lowtide.fuse(model, optimizer, **options)
+    norms = []
+    for step in range(steps):
+        engine.backward(model(**batch(step)).loss)
+        optimizer.step()
+        norms.append(engine.grad_norm)
+    engine.remove()
+    share = optimizer.lost_updates.share() if hasattr(optimizer, "lost_updates") else None
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return weights, norms, share, optimizer.state_dict()["state"]
+
+
+CASES = [
+    ({}, {}, True),
+    ({"weight_decay": 0.1, "rounding": "nearest"}, {}, True),
+    ({"rounding": "compensated"}, {}, True),
+    ({}, {"clip_grad_norm": 0.5}, True),
+    ({}, {"clip_grad_norm": 0.5, "clip_memory_bytes": 2**30}, False),
+    ({}, {"clip_grad_value": 0.01}, False),
+    ({}, {"clip_grad_norm": 1.0, "clip": "adaptive", "clip_warmup_steps": 1}, True),  # in the warm-up
+    ({}, {"micro_batch_size": 3}, False),
+    ({}, {"micro_batch_size": 8}, True),
+    ({}, {"loss_scale": 1024.0}, True),
+]
+
+
+@pytest.mark.parametrize(("rule", "options", "takes"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_the_same_bits_as_gradients_that_are_made_first(rule, options, takes, taken):
+    def make(params):
+        return lowtide.Lomo(params, lr=0.05, **rule)
+
+    taken.apply = False
+    expected, norms, share, states = trained(make, **options)
+    taken.apply = True
+    got, found, found_share, found_states = trained(make, **options)
+    assert (taken.number > 0) == takes
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert found == pytest.approx(norms, rel=1e-5)
+    assert found_share == share
+    torch.testing.assert_close(found_states, states, rtol=0, atol=0)
+
+
+def test_every_layer_of_a_block_is_taken(taken):
+    trained(steps=1)
+    assert taken.number == 21
+
+
+def test_updates_that_leave_no_trace_are_still_counted(taken, monkeypatch):
+    monkeypatch.setattr(lost_updates, "_ONE_IN", 1)  # every parameter
+    shares = []
+    for apply in (True, False):
+        taken.apply = apply
+        shares.append(trained(lambda params: lowtide.Lomo(params, lr=1e-3, rounding="nearest"))[2])
+    assert shares[0] == shares[1] and 0.1 < shares[0] < 1
+    assert taken.number
+
+
+@pytest.mark.parametrize("name", ["adalomo", "adamw", "subclass"])
+def test_rules_that_want_the_gradient_get_it(name, taken):
+    seen = []
+
+    class Sees(lowtide.Lomo):
+        def _update(self, param, grad, group, prepare):
+            seen.append(grad.shape)
+            super()._update(param, grad, group, prepare)
+
+    rule = {
+        "adalomo": lambda params: lowtide.AdaLomo(params, lr=0.01),
+        "adamw": lambda params: lowtide.PerParameter(torch.optim.AdamW, params, lr=0.01),
+        "subclass": lambda params: Sees(params, lr=0.01),
+    }[name]
+    trained(rule, steps=1)
+    assert taken.number == 0
+    assert name != "subclass" or len(seen) >= 21
+
+
+def test_weights_that_move_have_the_bits_of_those_that_stay(taken, tmp_path):
+    expected = trained()[0]
+    number = taken.number
+    got = trained(weights=f"{tmp_path}/")[0]
+    assert taken.number == 2 * number > 0
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.nan
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = (nn.Linear(64, 64, bias=False, dtype=torch.bfloat16) for _ in range(2))
+
+    def forward(self, x):
+        return self.two(Broken.apply(self.one(x)))
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        return self.block(x)
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(taken):
+    model = Body().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.1)
+    engine = lowtide.fuse(model, optimizer, blocks=[model.block])
+    engine.backward(model(torch.ones(3, 5, 64, dtype=torch.bfloat16)).float().sum())
+    optimizer.step()
+    after = model.state_dict()
+    assert taken.number == 1 and engine.step_partial
+    assert torch.equal(after["block.one.weight"], before["block.one.weight"])
+    assert not torch.equal(after["block.two.weight"], before["block.two.weight"])
+
+
+def test_the_memory_is_given_back_after_the_pass():
+    model = model_of()
+    optimizer = lowtide.Lomo(model.parameters(), lr=0.05)
+    engine = lowtide.fuse(model, optimizer)
+    engine.backward(model(**tiny_batch()).loss)
+    assert engine.room._scratch is None and engine.room._room is None
+    room = linear.GradientRoom()
+    first = room.scratch(100)
+    assert first.numel() == 100 and room.scratch(60).data_ptr() == first.data_ptr()
+    assert room.scratch(200).numel() == 200
+    room.release()
+    assert room._scratch is None
