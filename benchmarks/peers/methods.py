@@ -125,7 +125,7 @@ def nothing_updated() -> Iterator[None]:
         collections.deque(gradient.parts(all_rows=False), maxlen=0)
 
     # Where a gradient can be applied while it is made, it is made and dropped.
-    def make(slot: Any, product: Any, room: Any) -> bool:
+    def make(slot: Any, product: Any) -> bool:
         return False
 
     with (

@@ -13,6 +13,8 @@ import lowtide
 from helpers import tiny_batch, tiny_model
 from lowtide.fused import linear
 from lowtide.fused.slot import Slot
+from lowtide.fused.turned import transposed_product
+from lowtide.models import loss
 from lowtide.optim import lost_updates
 from lowtide.optim.kernels import native, product
 
@@ -23,7 +25,7 @@ class StandIn:
     """What :class:`product.TiledProduct` does, by torch."""
 
     def __init__(self, left, right):
-        self.made = torch.mm(left.t(), right)
+        self.made, self.made_norm = transposed_product(left, right), math.nan
 
     @classmethod
     def of(cls, left, right, scratch):
@@ -32,16 +34,18 @@ class StandIn:
         return found if math.isfinite(found.norm()) else None
 
     def norm(self):
-        return native.norm(self.made)
+        self.made_norm = native.norm(self.made)
+        return self.made_norm
 
     def into(self, out):
         out.copy_(self.made)
         return self.norm()
 
-    def lomo_step(self, param, *, out=None, **options):
+    def at(self, rows, cols):
+        return self.made[rows, cols].float()
+
+    def lomo_step(self, param, **options):
         native.lomo_step(param, self.made, **options)
-        if out is not None:
-            out.copy_(self.made)
         return self.norm()
 
 
@@ -52,6 +56,7 @@ def kind(request, monkeypatch):
     monkeypatch.setattr(product, "_FEWEST", 1)
     if request.param == "stand-in":
         monkeypatch.setattr(linear, "TiledProduct", StandIn)
+        monkeypatch.setattr(loss, "TiledProduct", StandIn)
     elif not product.allowed():
         pytest.skip("needs a processor with AMX")
     return request.param
@@ -64,8 +69,8 @@ class Taken:
         self.number, self.apply = 0, True
         original = Slot.take_product
 
-        def counted(slot, product, room):
-            found = self.apply and original(slot, product, room)
+        def counted(slot, product):
+            found = self.apply and original(slot, product)
             self.number += found
             return found
 
@@ -77,13 +82,13 @@ def taken(monkeypatch):
     return Taken(monkeypatch)
 
 
-def model_of(dtype=torch.bfloat16):
-    return tiny_model("llama", dtype, hidden_size=64, intermediate_size=128)
+def model_of(**changes):
+    return tiny_model("llama", torch.bfloat16, hidden_size=64, intermediate_size=128, **changes)
 
 
-def trained(rule=None, steps=3, batch=tiny_batch, **options):
+def trained(rule=None, steps=3, batch=tiny_batch, tie_word_embeddings=True, **options):
     """(Weights, norms, share of lost updates, state of the optimizer)."""
-    model = model_of()
+    model = model_of(tie_word_embeddings=tie_word_embeddings)
     optimizer = (rule or (lambda params: lowtide.Lomo(params, lr=0.05)))(model.parameters())
     engine = lowtide.fuse(model, optimizer, **options)
     norms = []
@@ -140,6 +145,48 @@ def test_updates_that_leave_no_trace_are_still_counted(taken, monkeypatch):
         shares.append(trained(lambda params: lowtide.Lomo(params, lr=1e-3, rounding="nearest"))[2])
     assert shares[0] == shares[1] and 0.1 < shares[0] < 1
     assert taken.number
+
+
+class Made:
+    """Counts the head's slices that were never seen."""
+
+    def __init__(self, monkeypatch):
+        self.number, self.apply = 0, True
+        original = loss._HeadGradient.unmade_parts
+
+        def counted(gradient, all_rows, scratch):
+            for rows, grad in original(gradient, all_rows, scratch) if self.apply else gradient.parts(all_rows):
+                self.number += not isinstance(grad, torch.Tensor)
+                yield rows, grad
+
+        monkeypatch.setattr(loss._HeadGradient, "unmade_parts", counted)
+
+
+@pytest.mark.parametrize(
+    ("options", "takes"),
+    [({}, True), ({"clip_grad_norm": 0.5}, True), ({"clip_grad_value": 0.01}, False), ({"loss_scale": 64.0}, True)],
+    ids=str,
+)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("slices", [1, 3])
+def test_slices_of_a_head(options, takes, rounding, slices, monkeypatch):
+    made = Made(monkeypatch)
+    monkeypatch.setattr(
+        loss, "_slice_width", lambda num_tokens, weight: weight.shape[0] // (2 * slices) * 2 if slices == 1 else 32
+    )
+    found = []
+    for made.apply in (True, False):
+        found.append(
+            trained(
+                lambda params: lowtide.Lomo(params, lr=0.05, rounding=rounding, weight_decay=0.1),
+                tie_word_embeddings=False,
+                vocabulary_slices=True,
+                **options,
+            )
+        )
+    assert (made.number >= 3 * slices) == takes, made.number
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=0)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adalomo", "adamw", "subclass"])

@@ -39,6 +39,33 @@ def same(one, two):
 @pytest.mark.parametrize(
     "options", [{}, {"inv_scale": 0.25, "clip_value": 0.3, "coefficient": 0.7}], ids=["plain", "prepared"]
 )
+@pytest.mark.parametrize("cols", [37, 1030])
+def test_lomo_for_some_rows_is_that_for_all_with_zeros_elsewhere(rounding, grad_dtype, options, cols):
+    shape = (95, cols)
+    fast, slow = (numbers(2)[: 95 * cols].reshape(shape).clone() for _ in range(2))
+    fast[fast.isinf()] = slow[slow.isinf()] = 1.0
+    rows = torch.tensor([0, 3, 4, 50, 94])
+    whole = torch.zeros(shape, dtype=grad_dtype)
+    whole[rows] = numbers(1, grad_dtype)[7 : 7 + 5 * cols].reshape(5, cols)
+    rests = [None, None]
+    if rounding == "compensated":
+        rests = [torch.zeros(shape, dtype=torch.int16) for _ in range(2)]
+    how = {"lr": 0.01, "rounding": rounding, "key": KEY, "start": START, **options}
+    version = fast._version
+    native.lomo_rows(fast, rows, whole[rows], compensation=rests[0], **how)
+    native.lomo_step(slow, whole, compensation=rests[1], **how)
+    assert fast._version > version
+    assert same(fast, slow)
+    assert rests[0] is None or torch.equal(*rests)
+    native.lomo_rows(fast, rows[:0], whole[:0], compensation=rests[0], **how)
+    assert same(fast, slow)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "options", [{}, {"inv_scale": 0.25, "clip_value": 0.3, "coefficient": 0.7}], ids=["plain", "prepared"]
+)
 def test_lomo(rounding, grad_dtype, options):
     grad = numbers(1, grad_dtype)
     grad[11] = float("nan")

@@ -201,7 +201,7 @@ def _apply_product(use: _Use, left: Tensor, right: Tensor) -> None:
     """Have ``left.T @ right`` applied: while it is made, or else when it has been."""
     room, slot = use.room, use.slot
     product = TiledProduct.of(left, right, room.scratch)
-    if product is not None and room.observer is None and slot.take_product(product, room.of):
+    if product is not None and room.observer is None and slot.take_product(product):
         return
     grad = room.of(slot.param)
     if product is None:

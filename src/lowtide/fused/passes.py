@@ -134,6 +134,7 @@ class BackwardPass:
     def _close_backward(self) -> None:
         self.room.release()
         self._finish_shared()
+        self.room.release()
         self._open = self._skip = self._plain = False
         self._waiting = set(self.optimizers)
 

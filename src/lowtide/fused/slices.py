@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..optim.kernels import native
 from ..optim.prepare import Prepare
 from ..optim.sliced import Piece, SlicedGradient
 from .rows import HeldRows, SumOfParts, TouchedRows
 
 if TYPE_CHECKING:
+    from ..optim.kernels.product import TiledProduct
     from .passes import BackwardPass
     from .slot import Slot
 
@@ -230,9 +232,14 @@ class PreparedPieces:
 
     def __iter__(self) -> Iterator[Piece]:
         engine = self.engine
-        assert self.slot.intake is not None
-        for rows, grad in self.slot.intake.walk(self.gradient, self._all_rows):
+        for rows, grad in self._walk():
             prepare = self._prepare
+            if not isinstance(grad, Tensor):
+                self._note_update()
+                yield Piece(rows, grad, prepare)
+                if not self._known:
+                    engine.take_norms([grad.made_norm * engine._inv_scale])
+                continue
             if not self._known:
                 held = self.gradient
                 if isinstance(held, HeldRows) and not held.is_complete:
@@ -247,6 +254,15 @@ class PreparedPieces:
             yield Piece(rows, grad, prepare)
         if self._walks > 1:
             self._known = True  # all has been looked at
+
+    def _walk(self) -> Iterator[tuple[slice | Tensor, Tensor | TiledProduct]]:
+        engine, slot = self.engine, self.slot
+        assert slot.intake is not None
+        is_number = self._prepare is None or self._prepare.factor is not None
+        unmade = is_number and slot.optimizer.takes_products and engine.prepares_unseen and slot.intake.observer is None
+        if unmade and native.takes(slot.param):
+            return self.gradient.unmade_parts(self._all_rows, engine.room.scratch)
+        return slot.intake.walk(self.gradient, self._all_rows)
 
     def _note_update(self) -> None:
         if self.slot.step != self.engine._step:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,12 +131,11 @@ class Slot:
         else:
             self.apply(grad)
 
-    def take_product(self, product: TiledProduct, room: Callable[[Tensor], Tensor]) -> bool:
+    def take_product(self, product: TiledProduct) -> bool:
         """The same for a gradient that has not been made yet; False: make it, and give it to :meth:`take_borrowed`.
 
         Args:
             product: the complete gradient, unless there are others to be added.
-            room: gives memory for the gradient of a parameter, in case that somebody wants to look at it.
         """
         engine = self.engine
         if engine._skip or engine._accumulating or self.total is not None or not engine.prepares_unseen:
@@ -146,7 +145,7 @@ class Slot:
             return True
         self.refuse_second()
         group = self.optimizer.param_groups[self.group_index]
-        norm = self.optimizer.update_by_product(self.param, product, group, engine._prepare, room)
+        norm = self.optimizer.update_by_product(self.param, product, group, engine._prepare)
         if norm is None:
             return False
         engine.take_norms([norm * engine._inv_scale])

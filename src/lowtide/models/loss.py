@@ -12,7 +12,7 @@ Shape letters: T = tokens that count, H = hidden size, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ..fused.matmul16 import fast_matmuls
 from ..fused.slices import SliceIntake, Use
 from ..fused.turned import transposed_product
 from ..optim.base import SIXTEEN_BIT
+from ..optim.kernels.product import TiledProduct
 from ..optim.sliced import SlicedGradient, rows_at_a_time
 
 IGNORE_INDEX = -100
@@ -227,8 +228,17 @@ class _HeadGradient(SlicedGradient):
     def part(self, rows: slice) -> Tensor:
         """See :class:`SlicedGradient`."""
         found = self._visit(rows, of_weight=True)
-        assert found is not None
+        assert isinstance(found, Tensor)
         return found
+
+    def unmade_parts(
+        self, all_rows: bool, scratch: Callable[[int], Tensor]
+    ) -> Iterator[tuple[slice | Tensor, Tensor | TiledProduct]]:
+        """See :class:`SlicedGradient`."""
+        for rows in self.row_slices():
+            found = self._visit(rows, of_weight=True, scratch=scratch)
+            assert found is not None
+            yield rows, found
 
     def finish(self) -> None:
         """Complete the gradients of hidden states and bias, if nobody has walked over the slices."""
@@ -238,7 +248,9 @@ class _HeadGradient(SlicedGradient):
                     self._visit(rows, of_weight=False)
         self._kept.move()  # of slices that were cut otherwise
 
-    def _visit(self, vocab: slice, of_weight: bool) -> Tensor | None:
+    def _visit(
+        self, vocab: slice, of_weight: bool, scratch: Callable[[int], Tensor] | None = None
+    ) -> Tensor | TiledProduct | None:
         first = vocab.start >= self._first_row
         if first:
             self._first_row = vocab.stop
@@ -259,6 +271,10 @@ class _HeadGradient(SlicedGradient):
                     self.grad_hidden[tokens] += grad @ weight.to(self.hidden.dtype)
                 if not of_weight:
                     continue
+                if scratch is not None and num_tokens <= height:
+                    unmade = TiledProduct.of(grad, self.hidden, scratch)
+                    if unmade is not None:
+                        return unmade
                 part = transposed_product(grad, self.hidden[tokens])
                 if found is None:
                     found = part if num_tokens <= height else part.float()

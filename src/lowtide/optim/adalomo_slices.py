@@ -39,6 +39,7 @@ class FactoredSlices:
         """(rows, their gradient [r, N] in float32)."""
         step = max(1, slice_numel(self.param.device) // self.param.shape[1])
         for rows, grad, prepare in self.pieces:
+            assert isinstance(grad, Tensor)
             for start in range(0, grad.shape[0], step):
                 part = grad[start : start + step]
                 yield _some(rows, start, part.shape[0]), prepared(part, self.row.dtype, prepare)
@@ -75,6 +76,7 @@ class FactoredSlices:
         """Change the rows; ``writer`` for a 16-bit matrix."""
         row, col = (self.row / self.row_mean).rsqrt_(), self.col.rsqrt()
         for rows, grad, prepare in self.pieces:
+            assert isinstance(grad, Tensor)
             target = self.param[rows]  # a view of a slice, a copy of single rows
             of_rows = None if writer is None else writer.of_rows(rows, self.param.shape[1])
             _apply(target, grad, prepare, row[rows], col, update_scale, decay, of_rows)

@@ -135,12 +135,7 @@ class FusibleOptimizer(Optimizer):
             self.lost_updates.after(before, local_part(param), local_part(grad))
 
     def update_by_product(
-        self,
-        param: Tensor,
-        product: TiledProduct,
-        group: dict[str, Any],
-        prepare: Prepare | None,
-        room: Callable[[Tensor], Tensor],
+        self, param: Tensor, product: TiledProduct, group: dict[str, Any], prepare: Prepare | None
     ) -> float | None:
         """:meth:`update_param` with a gradient that is applied while it is made, for rules that can do this.
 
@@ -149,7 +144,6 @@ class FusibleOptimizer(Optimizer):
             product: its gradient, complete and finite.
             group: the parameter group it belongs to.
             prepare: what is done to the gradient first.
-            room: gives memory for a gradient of the parameter, if it is to be looked at.
 
         Returns:
             the 2-norm of the gradient as it comes, or None: nothing has been done, and the gradient itself is wanted.
@@ -177,6 +171,11 @@ class FusibleOptimizer(Optimizer):
 
     # How often the rule walks over the slices of a gradient; 0: it needs the whole.
     num_slice_walks = 0
+
+    @property
+    def takes_products(self) -> bool:
+        """Whether :meth:`update_by_product` does something, and :meth:`update_slices` takes slices that have not been made."""
+        return False
 
     def needs_all_rows(self, group: dict[str, Any]) -> bool:
         """Whether an update changes rows whose gradient is zero."""

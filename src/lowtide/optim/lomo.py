@@ -7,7 +7,7 @@ stochastic rounding, ``compensation`` for compensated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -59,30 +59,24 @@ class Lomo(FusibleOptimizer):
         writer = self._writer(param, group) if param.dtype in SIXTEEN_BIT else None
         self._apply(local_part(param), local_part(grad), group, prepare, writer)
 
+    @property
+    def takes_products(self) -> bool:
+        """See :class:`FusibleOptimizer`: unless somebody has changed the rule."""
+        return all(getattr(type(self), name) is getattr(Lomo, name) for name in ("update_param", "_update", "_apply"))
+
     def update_by_product(
-        self,
-        param: Tensor,
-        product: TiledProduct,
-        group: dict[str, Any],
-        prepare: Prepare | None,
-        room: Callable[[Tensor], Tensor],
+        self, param: Tensor, product: TiledProduct, group: dict[str, Any], prepare: Prepare | None
     ) -> float | None:
         """See :class:`FusibleOptimizer`."""
         factor = 1.0 if prepare is None else prepare.factor
-        changed = any(
-            getattr(type(self), name) is not getattr(Lomo, name) for name in ("update_param", "_update", "_apply")
-        )
-        if changed or factor is None or is_sharded(param) or not kernels.native.takes(param):
+        if not self.takes_products or factor is None or is_sharded(param) or not kernels.native.takes(param):
             return None
-        before = None
-        if self._rounding(group) != "compensated":
-            before = self.lost_updates.before(param, None)
-        grad = None if before is None else room(param)
-        norm = product.lomo_step(
-            param, lr=group["lr"] * factor, decay=_decay(group), out=grad, **self._writer(param, group).kernel_options(param)
-        )  # fmt: skip
-        if before is not None and grad is not None:
-            self.lost_updates.after(before, param, grad)
+        counts = self._rounding(group) != "compensated"
+        before = self.lost_updates.before(param, None) if counts else None
+        writer = self._writer(param, group)
+        norm = self._apply_product(param, product, group, prepare, writer)
+        if before is not None:
+            self.lost_updates.after_unseen(before, param, product.at)
         return norm
 
     def update_slices(self, param: Tensor, pieces: Pieces, group: dict[str, Any]) -> None:
@@ -92,6 +86,12 @@ class Lomo(FusibleOptimizer):
             if writer is None and param.dtype in SIXTEEN_BIT:
                 begun = self.state[param].get(ROUNDING_STEP) if pieces.again else None
                 writer = self._writer(param, group, begun)
+            if not isinstance(grad, Tensor):
+                assert writer is not None and isinstance(rows, slice)
+                self._apply_product(param[rows], grad, group, prepare, writer.of_rows(rows, param.shape[1]))
+                continue
+            if isinstance(rows, Tensor) and self._apply_to_rows(param, rows, grad, group, prepare, writer):
+                continue
             of_rows = None if writer is None else writer.of_rows(rows, param.shape[1])
             if isinstance(rows, slice):
                 self._apply(param[rows], grad, group, prepare, of_rows)
@@ -101,6 +101,36 @@ class Lomo(FusibleOptimizer):
             param.index_copy_(0, rows, target)
             if of_rows is not None:
                 of_rows.put_back()
+
+    def _apply_product(
+        self, param: Tensor, product: TiledProduct, group: dict[str, Any], prepare: Prepare | None, writer: Writer
+    ) -> float:
+        """The update by a gradient that is made meanwhile; its 2-norm."""
+        factor = 1.0 if prepare is None else prepare.factor
+        assert factor is not None
+        options = writer.kernel_options(param)
+        return product.lomo_step(param, lr=group["lr"] * factor, decay=_decay(group), **options)
+
+    def _apply_to_rows(
+        self,
+        param: Tensor,
+        rows: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        prepare: Prepare | None,
+        writer: Writer | None,
+    ) -> bool:
+        """The update of some rows of a 16-bit matrix where they lie, by one kernel; False if there is none for it."""
+        native = kernels.native
+        if writer is None or not (native.takes(param) and native.takes_grad(grad) and grad.is_contiguous()):
+            return False
+        if type(self)._apply is not Lomo._apply:  # somebody has changed the rule
+            return False
+        factor = 1.0 if prepare is None else prepare.factor
+        options = {} if prepare is None or factor is not None else prepare.kernel_options
+        options.update(writer.kernel_options(param), lr=group["lr"] * (1.0 if factor is None else factor))
+        native.lomo_rows(param, rows.contiguous(), grad, decay=_decay(group), **options)
+        return True
 
     def _apply(
         self, param: Tensor, grad: Tensor, group: dict[str, Any], prepare: Prepare | None, writer: Writer | None

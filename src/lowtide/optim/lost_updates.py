@@ -7,12 +7,14 @@ its weight alone is not lost, because others move theirs by a whole step; there 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_SAMPLE_NUMEL = 256  # elements looked at in a parameter
+_SAMPLE_NUMEL = 256  # elements looked at in a parameter; in a matrix so many rows of so many columns:
+_SAMPLE_SIDE = 16
 _ONE_IN = 8  # parameters, so that the cost is a fraction of a kernel launch a parameter
 _MEMORY = 0.9  # what is left of a count after one step: the share is that of the last ten steps or so
 
@@ -29,7 +31,7 @@ class LostUpdates:
 
         Args:
             param: the parameter.
-            grad: its gradient; None if it will be made contiguous for :meth:`after` when it is wanted.
+            grad: its gradient; None if nobody has made it: then comes :meth:`after_unseen`.
         """
         self._calls += 1
         # A multiplicative hash, not the remainder: a model whose number of parameters divides by it would show the same ones.
@@ -41,7 +43,19 @@ class LostUpdates:
 
     def after(self, before: Tensor, param: Tensor, grad: Tensor) -> None:
         """After the update: compare. Elements without a gradient were not updated and do not count."""
-        updated = _sample(grad) != 0
+        self._count(before, param, _sample(grad) != 0)
+
+    def after_unseen(self, before: Tensor, param: Tensor, grad_at: Callable[[slice, slice], Tensor]) -> None:
+        """The same for the gradient of a matrix that nobody has made.
+
+        Args:
+            before: from :meth:`before`.
+            param: the matrix.
+            grad_at: gives elements of the gradient, for some rows and columns.
+        """
+        self._count(before, param, grad_at(*_places(param)) != 0)
+
+    def _count(self, before: Tensor, param: Tensor, updated: Tensor) -> None:
         unchanged = updated & (_sample(param) == before)
         counts = torch.stack((unchanged.sum(), updated.sum())).to(torch.float32)
         if param.device in self._counts:
@@ -83,5 +97,15 @@ def _num_gpus() -> int:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().view(-1)
+    tensor = tensor.detach()
+    if tensor.dim() == 2:
+        return tensor[_places(tensor)]
+    flat = tensor.view(-1)
     return flat[:: max(1, flat.numel() // _SAMPLE_NUMEL)][:_SAMPLE_NUMEL]
+
+
+def _places(matrix: Tensor) -> tuple[slice, slice]:
+    """Rows and columns of a matrix that are looked at."""
+    steps = [max(1, size // _SAMPLE_SIDE) for size in matrix.shape]
+    rows, cols = (slice(0, step * _SAMPLE_SIDE, step) for step in steps)
+    return rows, cols

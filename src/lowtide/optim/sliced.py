@@ -9,12 +9,15 @@ Shape letters: V = rows (vocabulary), H = columns, r = rows of a slice.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
 from .prepare import Prepare
+
+if TYPE_CHECKING:
+    from .kernels.product import TiledProduct
 
 # Elements of a slice of a gradient: 8 MiB in 16 bits. Products of fewer rows would run slower.
 MAX_SLICE_NUMEL = 2**22
@@ -56,6 +59,17 @@ class SlicedGradient(abc.ABC):
         for rows in self.row_slices():
             yield rows, self.part(rows)
 
+    def unmade_parts(
+        self, all_rows: bool, scratch: Callable[[int], Tensor]
+    ) -> Iterator[tuple[slice | Tensor, Tensor | TiledProduct]]:
+        """The same, where a slice may be a product that has not been made, of whole rows in one piece.
+
+        Args:
+            all_rows: see :meth:`parts`.
+            scratch: memory for one product, see :meth:`TiledProduct.of`.
+        """
+        yield from self.parts(all_rows)
+
 
 def rows_at_a_time(num_rows: int, num_columns: int) -> int:
     """How many rows of a gradient make a slice."""
@@ -67,11 +81,11 @@ class Piece(NamedTuple):
 
     Attributes:
         rows: a slice, or int64 [r].
-        grad: [r, H].
+        grad: [r, H]; for rules with ``takes_products`` it may be a product that has not been made.
     """
 
     rows: slice | Tensor
-    grad: Tensor
+    grad: Tensor | TiledProduct
     prepare: Prepare | None
 
 

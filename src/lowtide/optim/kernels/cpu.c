@@ -154,6 +154,24 @@ EXPORT void lomo_step(uint16_t *weight, const void *grad, int16_t *rest, ptrdiff
     }
 }
 
+// The same for some rows of a matrix with `cols` columns; grad has these rows only, one after the other.
+EXPORT void lomo_rows(uint16_t *weight, const void *grad, int16_t *rest, const int64_t *rows, ptrdiff_t count, ptrdiff_t cols, float step_size,
+                      float decay, float inv_scale, float limit, float coefficient, uint32_t key, uint32_t start, int rounding, int is_float,
+                      int prepares, int threads) {
+    (void)threads;
+    PARALLEL(threads)
+    for (ptrdiff_t i = 0; i < count; i++) {
+        ptrdiff_t at = rows[i] * cols;
+        const char *grad_row = (const char *)grad + i * cols * (is_float ? 4 : 2);
+        int16_t *rest_row = rest == NULL ? NULL : rest + at;
+        uint32_t begin = start + (uint32_t)at;
+#define BODY(R, F, P) \
+    lomo_chunk(weight + at, grad_row, rest_row, 0, cols, step_size, decay, inv_scale, limit, coefficient, key, begin, R, F, P)
+        SPECIALISE(BODY)
+#undef BODY
+    }
+}
+
 INLINE void adalomo_row(uint16_t *restrict weight, const void *restrict grad, int16_t *restrict rest, ptrdiff_t from, ptrdiff_t cols,
                         float row, const float *restrict col, float scale, float decay, float inv_scale, float limit,
                         float coefficient, uint32_t key, uint32_t start, int rounding, int is_float, int prepares) {

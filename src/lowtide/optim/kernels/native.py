@@ -50,6 +50,7 @@ _PREPARE = [_FLOAT] * 3
 _HOW = [_UINT32, _UINT32, _INT]  # key, start, rounding
 _SIGNATURES: dict[str, list[Any]] = {
     "lomo_step": [_POINTER, _POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, *_PREPARE, *_HOW, _INT, _INT, _INT],
+    "lomo_rows": [*[_POINTER] * 4, _SIZE, _SIZE, _FLOAT, _FLOAT, *_PREPARE, *_HOW, _INT, _INT, _INT],
     "adalomo_step": [*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _POINTER, _FLOAT, _FLOAT, *_PREPARE, *_HOW, _INT, _INT, _INT],
     "round_into": [_POINTER, _POINTER, _POINTER, _SIZE, *_HOW, _INT],
     "sums_of_squares": [_POINTER, _SIZE, _POINTER, _INT],
@@ -106,6 +107,51 @@ def lomo_step(
         "lomo_step", param.data_ptr(), grad.data_ptr(), pointer(compensation), param.numel(), lr, decay,
         *_prepare(inv_scale, clip_value, factor), *_how(rounding, key, start), *_kind(grad, inv_scale, clip_value, factor),
         _num_threads(param),
+    )  # fmt: skip
+
+
+def lomo_rows(
+    param: Tensor,
+    rows: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    decay: float = 1.0,
+    inv_scale: float = 1.0,
+    clip_value: float | None = None,
+    coefficient: float | Tensor = 1.0,
+    rounding: str,
+    key: int = 0,
+    start: int = 0,
+    compensation: Tensor | None = None,
+) -> None:
+    """:func:`lomo_step` for some rows of a matrix, with the noise that they would have in an update of all.
+
+    Args:
+        param: [V, H], a bfloat16 matrix on a CPU, contiguous.
+        rows: int64 [r], each once.
+        grad: [r, H], of these rows; contiguous.
+        lr: as all the others, see :func:`lowtide.optim.kernels.launch.lomo_step`.
+        decay: see there.
+        inv_scale: see there.
+        clip_value: see there.
+        coefficient: see there.
+        rounding: see there.
+        key: see there.
+        start: see there.
+        compensation: of the whole matrix.
+    """
+    launch.check(param, param, rounding, compensation)
+    assert rows.dtype == torch.int64 and rows.is_contiguous() and grad.is_contiguous()
+    assert grad.shape == (rows.numel(), param.shape[1]) and takes_grad(grad)
+    factor = float(coefficient)
+    if grad.numel() == 0 or math.isnan(factor):
+        return
+    torch.autograd.graph.increment_version(param)
+    call(
+        "lomo_rows", param.data_ptr(), grad.data_ptr(), pointer(compensation), rows.data_ptr(), *grad.shape, lr, decay,
+        *_prepare(inv_scale, clip_value, factor), *_how(rounding, key, start), *_kind(grad, inv_scale, clip_value, factor),
+        _num_threads(grad),
     )  # fmt: skip
 
 

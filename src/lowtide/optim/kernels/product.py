@@ -33,11 +33,14 @@ class TiledProduct:
 
     Attributes:
         shape: [O, I], of the product.
+        made_norm: its 2-norm, once it has been made; until then NaN.
     """
 
     def __init__(self, left: Tensor, right: Tensor, scratch: Tensor, num_threads: int) -> None:
         self.shape = torch.Size((left.shape[1], right.shape[1]))
-        self._left, self._scratch, self._num_threads = left, scratch, num_threads
+        self.made_norm = math.nan
+        self._left, self._right = left, right
+        self._scratch, self._num_threads = scratch, num_threads
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor, scratch: Callable[[int], Tensor]) -> TiledProduct | None:
@@ -84,6 +87,10 @@ class TiledProduct:
         """
         return self._make(grad=out)
 
+    def at(self, rows: slice, cols: slice) -> Tensor:
+        """Some elements of the product, float32."""
+        return self._left[:, rows].float().t() @ self._right[:, cols].float()
+
     def lomo_step(
         self,
         param: Tensor,
@@ -94,7 +101,6 @@ class TiledProduct:
         key: int = 0,
         start: int = 0,
         compensation: Tensor | None = None,
-        out: Tensor | None = None,
     ) -> float:
         """As :func:`lowtide.optim.kernels.native.lomo_step` with the product as the gradient.
 
@@ -106,7 +112,6 @@ class TiledProduct:
             key: of the noise.
             start: even; place of the first element in the noise.
             compensation: int16, like ``param``.
-            out: also write the gradient.
 
         Returns:
             the 2-norm of the product.
@@ -114,7 +119,7 @@ class TiledProduct:
         assert param.shape == self.shape and start % 2 == 0
         launch.check(param, param, rounding, compensation)
         torch.autograd.graph.increment_version(param)
-        return self._make(out, param, compensation, lr, decay, key & 0xFFFFFFFF, start & 0xFFFFFFFF, rounding)
+        return self._make(None, param, compensation, lr, decay, key & 0xFFFFFFFF, start & 0xFFFFFFFF, rounding)
 
     def _make(
         self,
@@ -135,7 +140,8 @@ class TiledProduct:
             "product_end", left.data_ptr(), left.stride(0), packed.data_ptr(), tokens, rows, cols, *map(native.pointer, (grad, weight, rest)),
             lr, decay, key, start, _NONE if rounding is None else native.ROUNDING[rounding], sums.data_ptr(), rooms, self._num_threads,
         )  # fmt: skip
-        return math.sqrt(sums.sum().item())
+        self.made_norm = math.sqrt(sums.sum().item())
+        return self.made_norm
 
 
 @functools.cache
