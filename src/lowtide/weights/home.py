@@ -36,21 +36,23 @@ class DeviceHome:
         self._trim.after_backward(block)
 
 
-_SPARE = 1.25  # as many times what a block's backward leaves may lie about: see below
+_SPARE = 1.25  # as many times what a block's backward leaves may lie about, and
+_SPARE_OF_WEIGHTS = 0.25  # so many times its weights: see below
 
 
 class MemoryTrim:
     """Gives memory that the allocator keeps without use back to the system, on a CPU, between large blocks.
 
-    What a block has freed the next one needs again, and getting it back page by page costs time: giving all of it back around every block
-    took a tenth of a step. But not everything finds room in what is free, so that the heap grows from block to block. So it is given back where
-    forward turns to backward, which need pieces of other sizes, and whenever it is a quarter more than the first block there leaves. Growth slows down
-    after some blocks: giving back whatever is above what the first block leaves made two to four times as many page faults, and the highest was the same
-    (by hand, ``docs/LOG.md``; ``benchmarks/memory_trim.py`` compares the ways). In the first forward pass, when that is not known, it is given back around every block.
+        What a block has freed the next one needs again, and getting it back page by page costs time: giving all of it back around every block
+        took a tenth of a step. But not everything finds room in what is free, so that the heap grows from block to block. So it is given back where
+        forward turns to backward, which need pieces of other sizes, and whenever it is a quarter more than the first block there leaves, and a quarter of
+    the block's weights, because the pieces are of the size of weights. Growth slows down
+        after some blocks: giving back whatever is above what the first block leaves made two to four times as many page faults, and the highest was the same
+        (by hand, ``docs/LOG.md``; ``benchmarks/memory_trim.py`` compares the ways). In the first forward pass, when that is not known, it is given back around every block.
     """
 
     def __init__(self) -> None:
-        self._large: dict[nn.Module, bool] = {}
+        self._weights: dict[nn.Module, int] = {}  # bytes that are on a CPU
         self._previous: tuple[nn.Module, bool] | None = None  # the last block that ended, and whether in a forward pass
         self._last: nn.Module | None = None  # where forward turns to backward
         self._floor: int | None = None  # resident bytes after the last trim
@@ -69,7 +71,10 @@ class MemoryTrim:
             self._last = block
             self._give_back()
             self._highest, self._left = self._floor or 0, []  # what was left with another batch is no measure
-        elif not self._left or resident > self._highest + _SPARE * max(self._left):
+        elif (
+            not self._left
+            or resident > self._highest + _SPARE * max(self._left) + _SPARE_OF_WEIGHTS * self._weights[block]
+        ):
             self._give_back()
 
     def after_forward(self, block: nn.Module) -> None:
@@ -88,13 +93,12 @@ class MemoryTrim:
             self._give_back()
 
     def _is_wanted(self, block: nn.Module) -> bool:
-        large = self._large.get(block)
-        if large is None:
+        num_bytes = self._weights.get(block)
+        if num_bytes is None:
             on_cpu = [param for param in block.parameters() if param.device.type == "cpu"]
-            large = sum(param.numel() * param.element_size() for param in on_cpu) >= TRIM_FROM_BYTES
-            self._large[block] = large
+            num_bytes = self._weights[block] = sum(param.numel() * param.element_size() for param in on_cpu)
         # Not in evaluation: generating token by token would do it for every block and token.
-        return large and block.training and malloc_trim() is not None
+        return num_bytes >= TRIM_FROM_BYTES and block.training and malloc_trim() is not None
 
     def _give_back(self) -> None:
         trim = malloc_trim()
