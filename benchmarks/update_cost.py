@@ -7,7 +7,7 @@
 Processes of one program differ by some percent, by where memory lies and by the clock of the machine; two steps one after the other share both. The two
 kinds of step are the same but for norm and update: forward, recompute, backward, the slices of the head. Which one of a pair comes first alternates, and
 the first pair of a process is not counted. *Norm and update* are timed in the step as well, for parameters outside of the slices of the vocabulary (in the TinyLlama shape
-88 % of them), so that the rest of the difference can be told from them.
+88 % of them), so that the rest of the difference can be told from them; what is applied while it is made (AMX) is in the products' time and not told apart.
 
 Random weights and tokens, bfloat16, recomputed activations. Rows, one a pair, are appended to results/update_cost.csv; a line at the end has the medians.
 """

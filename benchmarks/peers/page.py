@@ -48,7 +48,7 @@ highest median of a round, whose processes are fresh. *User* and *system*: secon
 
 
 UPDATES = """Steps that update and steps that drop every gradient, in turn in one process (`benchmarks/update_cost.py`); the ratio is that of two steps one after the other. *Norm and update*: timed
-inside of the step, without the slices of the vocabulary matrix. What else there is in the ratio is not explained but for page faults.
+inside of the step, without the slices of the vocabulary matrix, and from 59bb27c on without what is applied while it is made (AMX). What else there is in the ratio is not explained but for page faults.
 All are medians of pairs, with the lowest and the highest."""
 
 
