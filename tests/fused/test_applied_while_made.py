@@ -163,12 +163,17 @@ class Made:
 
 
 @pytest.mark.parametrize(
-    ("options", "takes"),
-    [({}, True), ({"clip_grad_norm": 0.5}, True), ({"clip_grad_value": 0.01}, False), ({"loss_scale": 64.0}, True)],
+    ("options", "takes", "rounding", "slices"),
+    [
+        ({}, True, "stochastic", 1),
+        ({}, True, "nearest", 3),
+        ({}, True, "compensated", 3),
+        ({"clip_grad_norm": 0.5}, True, "stochastic", 3),
+        ({"clip_grad_value": 0.01}, False, "stochastic", 3),
+        ({"loss_scale": 64.0}, True, "stochastic", 3),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
-@pytest.mark.parametrize("slices", [1, 3])
 def test_slices_of_a_head(options, takes, rounding, slices, monkeypatch):
     made = Made(monkeypatch)
     monkeypatch.setattr(
