@@ -61,7 +61,7 @@ class GradientRoom:
         """Memory for whoever makes a gradient: uint8 [num_bytes]; whatever was there is lost."""
         if self._scratch is None or self._scratch.numel() < num_bytes:
             self._scratch = None  # before there is another
-            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         return self._scratch[:num_bytes]
 
     def fit(self, numel: int) -> None:

@@ -62,7 +62,7 @@ class TiledProduct:
         num_threads = torch.get_num_threads()
         packed_bytes = -(-tokens // _SIDE) * _SIDE * cols * 2
         taken = scratch(packed_bytes + num_threads * native.call("product_room", tokens))
-        largest = torch.empty(2, dtype=torch.int32)
+        largest = torch.empty(2, dtype=torch.int32, device="cpu")
         native.call(
             "product_begin", left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), tokens, rows, cols,
             taken.data_ptr(), largest.data_ptr(), num_threads,
@@ -134,7 +134,7 @@ class TiledProduct:
     ) -> float:
         left, (rows, cols), packed = self._left, self.shape, self._scratch
         tokens = left.shape[0]
-        sums = torch.empty(native.call("product_blocks", tokens, rows, cols), dtype=torch.float64)
+        sums = torch.empty(native.call("product_blocks", tokens, rows, cols), dtype=torch.float64, device="cpu")
         rooms = packed.data_ptr() + -(-tokens // _SIDE) * _SIDE * cols * 2
         native.call(
             "product_end", left.data_ptr(), left.stride(0), packed.data_ptr(), tokens, rows, cols, *map(native.pointer, (grad, weight, rest)),
