@@ -43,12 +43,12 @@ _SPARE_OF_WEIGHTS = 0.25  # so many times its weights: see below
 class MemoryTrim:
     """Gives memory that the allocator keeps without use back to the system, on a CPU, between large blocks.
 
-        What a block has freed the next one needs again, and getting it back page by page costs time: giving all of it back around every block
-        took a tenth of a step. But not everything finds room in what is free, so that the heap grows from block to block. So it is given back where
-        forward turns to backward, which need pieces of other sizes, and whenever it is a quarter more than the first block there leaves, and a quarter of
+    What a block has freed the next one needs again, and getting it back page by page costs time: giving all of it back around every block
+    took a tenth of a step. But not everything finds room in what is free, so that the heap grows from block to block. So it is given back where
+    forward turns to backward, which need pieces of other sizes, and whenever it is a quarter more than the first block there leaves, and a quarter of
     the block's weights, because the pieces are of the size of weights. Growth slows down
-        after some blocks: giving back whatever is above what the first block leaves made two to four times as many page faults, and the highest was the same
-        (by hand, ``docs/LOG.md``; ``benchmarks/memory_trim.py`` compares the ways). In the first forward pass, when that is not known, it is given back around every block.
+    after some blocks: giving back whatever is above what the first block leaves made two to four times as many page faults, and the highest was the same
+    (by hand, ``docs/LOG.md``; ``benchmarks/memory_trim.py`` compares the ways). In the first forward pass, when that is not known, it is given back around every block.
     """
 
     def __init__(self) -> None:
