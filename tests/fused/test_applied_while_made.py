@@ -194,9 +194,24 @@ def test_slices_of_a_head(options, takes, rounding, slices, monkeypatch):
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adalomo", "adamw", "subclass"])
-def test_rules_that_want_the_gradient_get_it(name, taken):
+@pytest.mark.parametrize("name", ["adalomo", "adamw", "subclass", "slices", "object", "class"])
+def test_rules_that_want_the_gradient_get_it(name, taken, monkeypatch):
     seen = []
+
+    class SeesSlices(lowtide.Lomo):
+        def update_slices(self, param, pieces, group):
+            seen.extend(piece.grad.shape for piece in pieces)
+
+    def sees(optimizer):
+        original = optimizer.update_param
+        optimizer.update_param = lambda *args: seen.append(args[1].shape) or original(*args)
+        return optimizer
+
+    if name == "class":
+        original = lowtide.Lomo._update
+        monkeypatch.setattr(
+            lowtide.Lomo, "_update", lambda self, *args: seen.append(args[1].shape) or original(self, *args)
+        )
 
     class Sees(lowtide.Lomo):
         def _update(self, param, grad, group, prepare):
@@ -207,10 +222,13 @@ def test_rules_that_want_the_gradient_get_it(name, taken):
         "adalomo": lambda params: lowtide.AdaLomo(params, lr=0.01),
         "adamw": lambda params: lowtide.PerParameter(torch.optim.AdamW, params, lr=0.01),
         "subclass": lambda params: Sees(params, lr=0.01),
+        "slices": lambda params: SeesSlices(params, lr=0.01),
+        "object": lambda params: sees(lowtide.Lomo(params, lr=0.01)),
+        "class": lambda params: lowtide.Lomo(params, lr=0.01),
     }[name]
-    trained(rule, steps=1)
+    trained(rule, steps=1, tie_word_embeddings=False, vocabulary_slices=name == "slices")
     assert taken.number == 0
-    assert name != "subclass" or len(seen) >= 21
+    assert name in ("adalomo", "adamw") or len(seen) >= (2 if name == "slices" else 21)
 
 
 def test_weights_that_move_have_the_bits_of_those_that_stay(taken, tmp_path):

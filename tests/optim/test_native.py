@@ -40,7 +40,8 @@ def same(one, two):
     "options", [{}, {"inv_scale": 0.25, "clip_value": 0.3, "coefficient": 0.7}], ids=["plain", "prepared"]
 )
 @pytest.mark.parametrize("cols", [37, 1030])
-def test_lomo_for_some_rows_is_that_for_all_with_zeros_elsewhere(rounding, grad_dtype, options, cols):
+def test_lomo_for_some_rows_is_that_for_all_with_zeros_elsewhere(rounding, grad_dtype, options, cols, monkeypatch):
+    monkeypatch.setattr(native, "_ONE_THREAD", 1)
     shape = (95, cols)
     fast, slow = (numbers(2)[: 95 * cols].reshape(shape).clone() for _ in range(2))
     fast[fast.isinf()] = slow[slow.isinf()] = 1.0
@@ -52,12 +53,15 @@ def test_lomo_for_some_rows_is_that_for_all_with_zeros_elsewhere(rounding, grad_
         rests = [torch.zeros(shape, dtype=torch.int16) for _ in range(2)]
     how = {"lr": 0.01, "rounding": rounding, "key": KEY, "start": START, **options}
     version = fast._version
-    native.lomo_rows(fast, rows, whole[rows], compensation=rests[0], **how)
+    native.lomo_step(fast, whole[rows], rows=rows, compensation=rests[0], **how)
     native.lomo_step(slow, whole, compensation=rests[1], **how)
     assert fast._version > version
     assert same(fast, slow)
     assert rests[0] is None or torch.equal(*rests)
-    native.lomo_rows(fast, rows[:0], whole[:0], compensation=rests[0], **how)
+    native.lomo_step(fast, whole[:0], rows=rows[:0], compensation=rests[0], **how)
+    assert same(fast, slow)
+    with pytest.raises(IndexError, match="of a matrix that has 95"):
+        native.lomo_step(fast, whole[rows], rows=rows + 1, compensation=rests[0], **how)
     assert same(fast, slow)
 
 

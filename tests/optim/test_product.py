@@ -27,6 +27,9 @@ KEY, START = -123456789, 4242 * 2
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch):
     monkeypatch.setattr(product, "_FEWEST", 1)
+    scratch.given.clear()
+    yield
+    assert all((behind == 0x7F).all() for behind in scratch.given)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -37,9 +40,19 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def scratch(num_bytes):
-    """Memory with something in it, so that what is not written shows."""
-    return torch.full((num_bytes,), 0x7F, dtype=torch.uint8)
+class Scratch:
+    """Memory with something in it, so that what is not written shows, and with something behind it that must stay."""
+
+    def __init__(self):
+        self.given = []
+
+    def __call__(self, num_bytes):
+        whole = torch.full((num_bytes + 4096,), 0x7F, dtype=torch.uint8)
+        self.given.append(whole[num_bytes:])
+        return whole[:num_bytes]
+
+
+scratch = Scratch()
 
 
 def factors(tokens, rows, cols):

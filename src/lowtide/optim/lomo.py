@@ -123,14 +123,15 @@ class Lomo(FusibleOptimizer):
     ) -> bool:
         """The update of some rows of a 16-bit matrix where they lie, by one kernel; False if there is none for it."""
         native = kernels.native
-        if writer is None or not (native.takes(param) and native.takes_grad(grad) and grad.is_contiguous()):
+        on_cpu = grad.is_cpu and rows.is_cpu
+        if writer is None or not (on_cpu and native.takes(param) and native.takes_grad(grad) and grad.is_contiguous()):
             return False
         if type(self)._apply is not Lomo._apply:  # somebody has changed the rule
             return False
         factor = 1.0 if prepare is None else prepare.factor
         options = {} if prepare is None or factor is not None else prepare.kernel_options
         options.update(writer.kernel_options(param), lr=group["lr"] * (1.0 if factor is None else factor))
-        native.lomo_rows(param, rows.contiguous(), grad, decay=_decay(group), **options)
+        native.lomo_step(param, grad, decay=_decay(group), rows=rows.contiguous(), **options)
         return True
 
     def _apply(

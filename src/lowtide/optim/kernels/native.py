@@ -96,63 +96,36 @@ def lomo_step(
     key: int = 0,
     start: int = 0,
     compensation: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> None:
-    """As :func:`lowtide.optim.kernels.launch.lomo_step`, for a bfloat16 parameter on a CPU."""
-    launch.check(param, grad, rounding, compensation)
-    factor = float(coefficient)
-    if param.numel() == 0 or math.isnan(factor):
-        return
-    torch.autograd.graph.increment_version(param)
-    call(
-        "lomo_step", param.data_ptr(), grad.data_ptr(), pointer(compensation), param.numel(), lr, decay,
-        *_prepare(inv_scale, clip_value, factor), *_how(rounding, key, start), *_kind(grad, inv_scale, clip_value, factor),
-        _num_threads(param),
-    )  # fmt: skip
-
-
-def lomo_rows(
-    param: Tensor,
-    rows: Tensor,
-    grad: Tensor,
-    *,
-    lr: float,
-    decay: float = 1.0,
-    inv_scale: float = 1.0,
-    clip_value: float | None = None,
-    coefficient: float | Tensor = 1.0,
-    rounding: str,
-    key: int = 0,
-    start: int = 0,
-    compensation: Tensor | None = None,
-) -> None:
-    """:func:`lomo_step` for some rows of a matrix, with the noise that they would have in an update of all.
+    """As :func:`lowtide.optim.kernels.launch.lomo_step`, for a bfloat16 parameter on a CPU, or for some rows of one.
 
     Args:
-        param: [V, H], a bfloat16 matrix on a CPU, contiguous.
-        rows: int64 [r], each once.
-        grad: [r, H], of these rows; contiguous.
-        lr: as all the others, see :func:`lowtide.optim.kernels.launch.lomo_step`.
-        decay: see there.
-        inv_scale: see there.
-        clip_value: see there.
-        coefficient: see there.
-        rounding: see there.
-        key: see there.
-        start: see there.
-        compensation: of the whole matrix.
+        rows: int64 [r] and in order, each once: ``grad`` is [r, H], of these rows of ``param`` [V, H], and their noise is that of an update of all.
     """
-    launch.check(param, param, rounding, compensation)
-    assert rows.dtype == torch.int64 and rows.is_contiguous() and grad.is_contiguous()
-    assert grad.shape == (rows.numel(), param.shape[1]) and takes_grad(grad)
+    if rows is None:
+        launch.check(param, grad, rounding, compensation)
+    else:
+        launch.check(param, param, rounding, compensation)
+        _check_rows(param, grad, rows)
     factor = float(coefficient)
     if grad.numel() == 0 or math.isnan(factor):
         return
     torch.autograd.graph.increment_version(param)
+    which = [param.numel()] if rows is None else [rows.data_ptr(), *grad.shape]
     call(
-        "lomo_rows", param.data_ptr(), grad.data_ptr(), pointer(compensation), rows.data_ptr(), *grad.shape, lr, decay,
+        "lomo_step" if rows is None else "lomo_rows", param.data_ptr(), grad.data_ptr(), pointer(compensation), *which, lr, decay,
         *_prepare(inv_scale, clip_value, factor), *_how(rounding, key, start), *_kind(grad, inv_scale, clip_value, factor),
         _num_threads(grad),
     )  # fmt: skip
+
+
+def _check_rows(param: Tensor, grad: Tensor, rows: Tensor) -> None:
+    assert rows.device == grad.device == param.device and takes_grad(grad)
+    assert rows.dtype == torch.int64 and rows.is_contiguous() and grad.is_contiguous()
+    assert grad.shape == (rows.numel(), param.shape[1])
+    if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < param.shape[0]:
+        raise IndexError(f"rows {int(rows[0])} to {int(rows[-1])} of a matrix that has {param.shape[0]}")
 
 
 def adalomo_step(
