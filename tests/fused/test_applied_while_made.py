@@ -155,9 +155,14 @@ class Made:
         original = loss._HeadGradient.unmade_parts
 
         def counted(gradient, all_rows, scratch):
-            for rows, grad in original(gradient, all_rows, scratch) if self.apply else gradient.parts(all_rows):
-                self.number += not isinstance(grad, torch.Tensor)
-                yield rows, grad
+            for rows, grad in original(gradient, all_rows, scratch):
+                if isinstance(grad, torch.Tensor) or self.apply:
+                    self.number += not isinstance(grad, torch.Tensor)
+                    yield rows, grad
+                    continue
+                made = torch.empty(rows.stop - rows.start, gradient.weight.shape[1], dtype=torch.bfloat16)
+                grad.into(made)
+                yield rows, made
 
         monkeypatch.setattr(loss._HeadGradient, "unmade_parts", counted)
 

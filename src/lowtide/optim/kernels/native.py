@@ -290,6 +290,7 @@ def _compile(compiler: str, openmp: list[str], scratch: Path) -> Path:
     """With threads if the compiler can, for this processor if it can."""
     command = [*compiler.split(), *_FLAGS]
     tries = [
+        ["-march=native", "-mprefer-vector-width=512", "-fopenmp", "-DLOWTIDE_TILES"],
         ["-march=native", "-mprefer-vector-width=512", "-fopenmp"],
         ["-march=native", "-fopenmp"],
         ["-mcpu=native", "-fopenmp"],

@@ -8,7 +8,8 @@
 // cache, and goes over the right one in blocks of columns; each pair is a block of SIDE rows of the product, which is finished row by row while the next
 // one is computed.
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(IN_REGISTERS) && defined(__linux__)
+// Asked for by a macro: a compiler may know the instructions and its assembler not.
+#if defined(LOWTIDE_TILES) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(IN_REGISTERS) && defined(__linux__)
 #define TILES
 #endif
 
