@@ -23,6 +23,7 @@ from .prepare import Prepare
 from .rounding import paired_slices, slice_numel
 from .shards import is_sharded, like_param, local_part
 from .sliced import Pieces
+from .squares import slices_of, sum_of_squares, sums_by_row_and_column, weighted_sums_by_row
 
 _ROW, _COL = "exp_avg_sq_row", "exp_avg_sq_col"  # their names in the state
 
@@ -202,10 +203,7 @@ class _Full:
 
 
 class _Factored:
-    """A parameter with two or more dimensions, seen as L matrices of M x N, of which m rows of one or l whole ones are here.
-
-    Slices hold several whole matrices where they are small (experts, convolutions), else rows of one matrix.
-    """
+    """A parameter with two or more dimensions, seen as L matrices of M x N, of which m rows of one or l whole ones are here."""
 
     def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], prepare: Prepare | None) -> None:
         self.param, self.grad, self.prepare = local_part(param), grad, prepare
@@ -220,30 +218,11 @@ class _Factored:
         self.row = local_part(state[_ROW]).view(count, rows)
         self.col = local_part(state[_COL]).view(count, cols)
         self.parts_of_matrices = rows != self.rows or (is_sharded(param) and param.dim() == 2)
-        self.numel = slice_numel(param.device)
         self.row_mean = self.row  # replaced in update_moments
 
-    def _slices(self) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-        """((matrices, rows), float32 gradient [l, m, N]) in the order of the flattened parameter."""
-        count, rows, cols = self.matrices.shape
-        num_rows = max(1, min(rows, self.numel // cols))
-        num_matrices = max(1, self.numel // (num_rows * cols)) if num_rows >= rows else 1
-        for matrix in range(0, count, num_matrices):
-            for row in range(0, rows, num_rows):
-                where = slice(matrix, matrix + num_matrices), slice(row, row + num_rows)
-                yield where, prepared(self.grads[where], self.row.dtype, self.prepare)
-
-    def _update_row(self, beta: float, eps: float) -> Tensor:
-        """Returns the sums over columns. Not in the generator below, which would keep the last slice while it waits."""
-        col_sum = torch.zeros_like(self.col)
-        for where, grad in self._slices():
-            squared = grad.square().add_(eps)
-            self.row[where].mul_(beta).add_(squared.mean(dim=2), alpha=1.0 - beta)
-            col_sum[where[0]] += squared.sum(dim=1)
-        return col_sum
-
     def update_moments(self, beta: float, eps: float) -> Iterator[list[Tensor]]:
-        col_sum = self._update_row(beta, eps)
+        by_row, col_sum = sums_by_row_and_column(self.grads, self.row.dtype, self.prepare, eps)
+        self.row.mul_(beta).add_(by_row.div_(self.col.shape[1]), alpha=1.0 - beta)
         if self.parts_of_matrices:
             row_sum = self.row.sum(dim=1, keepdim=True)
             yield [col_sum, row_sum]
@@ -254,14 +233,10 @@ class _Factored:
 
     def sums_of_squares(self) -> tuple[Tensor, Tensor]:
         """(of the update, of the parameter), over the rows that are here."""
-        update_sum = torch.zeros((), dtype=self.row.dtype, device=self.row.device)
-        param_sum = torch.zeros_like(update_sum)
-        for where, grad in self._slices():
-            # u^2 summed along a row is a product of g^2 with the reciprocal column moments: no u is made for it.
-            by_row = grad.square().matmul(self.col[where[0]].reciprocal().unsqueeze(-1)).squeeze(-1)
-            update_sum += by_row.mul_(self.row_mean[where[0]]).div_(self.row[where]).sum()
-            param_sum += self.matrices[where].to(self.row.dtype).square().sum()
-        return update_sum, param_sum
+        # u^2 summed along a row is a product of g^2 with the reciprocal column moments: no u is made for it.
+        by_row = weighted_sums_by_row(self.grads, self.col.reciprocal(), self.prepare)
+        update_sum = by_row.mul_(self.row_mean).div_(self.row).sum()
+        return update_sum, sum_of_squares(self.matrices, self.row.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """(parameter [l, m, N], gradient [l, m, N], what each row [l, m] and each column [l, N] is multiplied with)."""
@@ -273,8 +248,13 @@ class _Factored:
         assert row is not None
         row, col = row.unsqueeze(-1), col.unsqueeze(1)
         _, rows, cols = self.matrices.shape
-        for where, grad in self._slices():
-            update = (grad * row[where]).mul_(col[where[0]])
-            yield self.matrices[where], update, (where[0].start * rows + where[1].start) * cols
+        for where in slices_of(self.matrices.shape, self.matrices.device):
+            update = prepared(self.grads[where], self.row.dtype, self.prepare)
+            yield (
+                self.matrices[where],
+                (update * row[where]).mul_(col[where[0]]),
+                (where[0].start * rows + where[1].start) * cols,
+            )
+            del update  # a generator keeps what it names
         if self.copied:
             self.param.copy_(self.matrices.view(self.param.shape))

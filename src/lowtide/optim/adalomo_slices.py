@@ -6,8 +6,6 @@ Shape letters: V = rows of the matrix, N = columns, r = rows of a slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,8 @@ from .base import prepared
 from .prepare import Prepare
 from .rounding import slice_numel
 from .sliced import Pieces
+from .squares import sum_of_squares, sums_by_row_and_column, weighted_sums_by_row
 from .writing import Writer
-
-Rows = slice | Tensor
 
 
 class FactoredSlices:
@@ -35,23 +32,15 @@ class FactoredSlices:
         self.param, self.pieces, self.row, self.col = param, pieces, row, col
         self.row_mean = row  # replaced in update_moments
 
-    def _slices(self) -> Iterator[tuple[Rows, Tensor]]:
-        """(rows, their gradient [r, N] in float32)."""
-        step = max(1, slice_numel(self.param.device) // self.param.shape[1])
-        for rows, grad, prepare in self.pieces:
-            assert isinstance(grad, Tensor)
-            for start in range(0, grad.shape[0], step):
-                part = grad[start : start + step]
-                yield _some(rows, start, part.shape[0]), prepared(part, self.row.dtype, prepare)
-
     def update_moments(self, beta: float, eps: float) -> bool:
         """False if the gradient is not finite: then nothing has changed."""
         squares = torch.full_like(self.row, eps)
         col_sum, num_rows = torch.zeros_like(self.col), 0
-        for rows, grad in self._slices():
-            squared = grad.square().add_(eps)
-            squares[rows] = squared.mean(dim=1)
-            col_sum += squared.sum(dim=0)
+        for rows, grad, prepare in self.pieces:
+            assert isinstance(grad, Tensor)
+            by_row, by_column = sums_by_row_and_column(grad.unsqueeze(0), self.row.dtype, prepare, eps)
+            squares[rows] = by_row[0].div_(grad.shape[1])
+            col_sum += by_column[0]
             num_rows += grad.shape[0]
         if self.pieces.broken:
             return False
@@ -64,13 +53,12 @@ class FactoredSlices:
     def sums_of_squares(self) -> tuple[Tensor, Tensor]:
         """(of the update, of the parameter)."""
         update_sum = torch.zeros((), dtype=self.row.dtype, device=self.row.device)
-        reciprocal = self.col.reciprocal()
-        for rows, grad in self._slices():
-            update_sum += grad.square().mv(reciprocal).mul_(self.row_mean).div_(self.row[rows]).sum()
-        param_sum = torch.zeros_like(update_sum)
-        for part in self.param.split(max(1, slice_numel(self.param.device) // self.param.shape[1])):
-            param_sum += part.to(self.row.dtype).square().sum()
-        return update_sum, param_sum
+        reciprocal = self.col.reciprocal().unsqueeze(0)
+        for rows, grad, prepare in self.pieces:
+            assert isinstance(grad, Tensor)
+            by_row = weighted_sums_by_row(grad.unsqueeze(0), reciprocal, prepare)[0]
+            update_sum += by_row.mul_(self.row_mean).div_(self.row[rows]).sum()
+        return update_sum, sum_of_squares(self.param.unsqueeze(0), self.row.dtype)
 
     def apply(self, update_scale: Tensor, decay: Tensor | None, writer: Writer | None) -> None:
         """Change the rows; ``writer`` for a 16-bit matrix."""
@@ -84,12 +72,6 @@ class FactoredSlices:
                 self.param[rows] = target
                 if of_rows is not None:
                     of_rows.put_back()
-
-
-def _some(rows: Rows, start: int, count: int) -> Rows:
-    if isinstance(rows, slice):
-        return slice(rows.start + start, rows.start + start + count)
-    return rows[start : start + count]
 
 
 def _apply(

@@ -65,6 +65,10 @@ def temporary_bytes(param: Tensor, optimizer: str, device: str) -> int:
     count = _TEMPORARIES[optimizer][sixteen_bit]
     in_kernels = device != "cpu" or (param.dtype == torch.bfloat16 and native.available())
     if in_kernels and sixteen_bit and optimizer in _SLICED:
+        if device == "cpu" and optimizer == "adalomo" and param.dim() >= 2:
+            *matrices, rows, cols = param.shape  # sums over rows and columns, the latter in blocks of rows first
+            sums = rows + (1 + native.num_row_blocks(rows)) * cols
+            return torch.Size(matrices).numel() * sums * torch.float32.itemsize
         count = 3 if optimizer == "adalomo" else 0  # the gradient, the weight and its square, for the root mean squares
     numel = min(param.numel(), slice_numel(torch.device(device))) if optimizer in _SLICED else param.numel()
     return count * numel * compute_dtype(param).itemsize

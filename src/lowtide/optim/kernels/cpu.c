@@ -243,6 +243,98 @@ EXPORT void sums_of_squares(const uint16_t *grad, ptrdiff_t numel, double *sums,
     }
 }
 
+// Rows whose squares are added to one sum a column before sums are added to each other.
+enum { ROWS_OF_BLOCK = 64 };
+
+// Calls BODY with is_float and prepares as constants.
+#define SPECIALISE_GRAD(BODY)                \
+    switch (is_float * 2 + prepares) {       \
+        case 0: BODY(0, 0); break;           \
+        case 1: BODY(0, 1); break;           \
+        case 2: BODY(1, 0); break;           \
+        case 3: BODY(1, 1); break;           \
+    }
+
+// The sum of g^2 + eps over a row from element `from` on; each g^2 + eps is also added to `by_column`.
+INLINE float squares_of_row(const void *restrict grad, ptrdiff_t from, ptrdiff_t cols, float eps, float inv_scale, float limit,
+                            float coefficient, float *restrict by_column, int is_float, int prepares) {
+    float lanes[LANES] = {0};
+    ptrdiff_t i = 0;
+    for (; i + LANES <= cols; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            float g = prepared(read_grad(grad, from + i + lane, is_float), prepares, inv_scale, limit, coefficient);
+            float squared = multiply_add(g, g, eps);
+            by_column[i + lane] += squared;
+            lanes[lane] += squared;
+        }
+    double sum = 0.0;
+    for (; i < cols; i++) {
+        float g = prepared(read_grad(grad, from + i, is_float), prepares, inv_scale, limit, coefficient);
+        float squared = multiply_add(g, g, eps);
+        by_column[i] += squared;
+        sum += squared;
+    }
+    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+    return (float)sum;
+}
+
+INLINE void squares_of_block(const void *restrict grad, ptrdiff_t first, ptrdiff_t last, ptrdiff_t cols, float eps, float inv_scale,
+                             float limit, float coefficient, float *restrict by_row, float *restrict by_column, int is_float,
+                             int prepares) {
+    memset(by_column, 0, (size_t)cols * sizeof *by_column);
+    for (ptrdiff_t row = first; row < last; row++)
+        by_row[row] = squares_of_row(grad, row * cols, cols, eps, inv_scale, limit, coefficient, by_column, is_float, prepares);
+}
+
+// Sums of g^2 + eps over each row [matrices, rows], and over each column in blocks of ROWS_OF_BLOCK rows [matrices, blocks, cols].
+EXPORT void row_and_column_sums(const void *grad, ptrdiff_t matrices, ptrdiff_t rows, ptrdiff_t cols, float eps, float inv_scale,
+                                float limit, float coefficient, float *by_row, float *by_column, int is_float, int prepares,
+                                int threads) {
+    ptrdiff_t blocks = (rows + ROWS_OF_BLOCK - 1) / ROWS_OF_BLOCK;
+    (void)threads;
+    PARALLEL(threads)
+    for (ptrdiff_t block = 0; block < matrices * blocks; block++) {
+        ptrdiff_t matrix = block / blocks, begin = block % blocks * ROWS_OF_BLOCK;
+        ptrdiff_t end = begin + ROWS_OF_BLOCK < rows ? begin + ROWS_OF_BLOCK : rows;
+#define BODY(F, P)                                                                                                            \
+    squares_of_block(grad, matrix *rows + begin, matrix *rows + end, cols, eps, inv_scale, limit, coefficient, by_row,         \
+                     by_column + block * cols, F, P)
+        SPECIALISE_GRAD(BODY)
+#undef BODY
+    }
+}
+
+INLINE float weighted_squares_of_row(const void *restrict grad, ptrdiff_t from, ptrdiff_t cols, const float *restrict weights,
+                                     float inv_scale, float limit, float coefficient, int is_float, int prepares) {
+    float lanes[LANES] = {0};
+    ptrdiff_t i = 0;
+    for (; i + LANES <= cols; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            float g = prepared(read_grad(grad, from + i + lane, is_float), prepares, inv_scale, limit, coefficient);
+            lanes[lane] = multiply_add(g * g, weights[i + lane], lanes[lane]);
+        }
+    double sum = 0.0;
+    for (; i < cols; i++) {
+        float g = prepared(read_grad(grad, from + i, is_float), prepares, inv_scale, limit, coefficient);
+        sum += (double)(g * g) * weights[i];
+    }
+    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+    return (float)sum;
+}
+
+// Sums of g^2 * weight over each row [matrices, rows]; weights are [matrices, cols].
+EXPORT void weighted_row_sums(const void *grad, ptrdiff_t matrices, ptrdiff_t rows, ptrdiff_t cols, const float *weights,
+                              float inv_scale, float limit, float coefficient, float *by_row, int is_float, int prepares, int threads) {
+    (void)threads;
+    PARALLEL(threads)
+    for (ptrdiff_t row = 0; row < matrices * rows; row++) {
+#define BODY(F, P)                                                                                                       \
+    by_row[row] = weighted_squares_of_row(grad, row *cols, cols, weights + row / rows * cols, inv_scale, limit, coefficient, F, P)
+        SPECIALISE_GRAD(BODY)
+#undef BODY
+    }
+}
+
 // A square of SIDE x SIDE numbers is turned by five rounds of interleaving its rows, in registers where the processor has them.
 enum { SIDE = 32 };
 
@@ -303,3 +395,4 @@ EXPORT void transpose(const uint16_t *restrict in, ptrdiff_t stride, uint16_t *r
 #include "product.h"
 
 EXPORT int chunk_numel(void) { return CHUNK; }
+EXPORT int rows_of_block(void) { return ROWS_OF_BLOCK; }

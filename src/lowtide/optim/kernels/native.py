@@ -54,6 +54,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "adalomo_step": [*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _POINTER, _FLOAT, _FLOAT, *_PREPARE, *_HOW, _INT, _INT, _INT],
     "round_into": [_POINTER, _POINTER, _POINTER, _SIZE, *_HOW, _INT],
     "sums_of_squares": [_POINTER, _SIZE, _POINTER, _INT],
+    "row_and_column_sums": [_POINTER, *[_SIZE] * 3, _FLOAT, *_PREPARE, _POINTER, _POINTER, _INT, _INT, _INT],
+    "weighted_row_sums": [_POINTER, *[_SIZE] * 3, _POINTER, *_PREPARE, _POINTER, _INT, _INT, _INT],
     "transpose": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _INT],
     "tiles_allowed": [],
 }  # fmt: skip
@@ -185,10 +187,65 @@ def round_into(
 
 
 def norm(grad: Tensor) -> float:
-    """The 2-norm of a contiguous bfloat16 tensor on a CPU; partial sums are float32, and the same for any number of threads."""
-    sums = torch.empty(-(-grad.numel() // _chunk_numel()), dtype=torch.float64)
-    call("sums_of_squares", grad.data_ptr(), grad.numel(), sums.data_ptr(), _num_threads(grad))
-    return math.sqrt(sums.sum().item())
+    """The 2-norm of a tensor, see :func:`sum_of_squares`."""
+    return math.sqrt(sum_of_squares(grad))
+
+
+def sum_of_squares(tensor: Tensor) -> float:
+    """Of a contiguous bfloat16 tensor on a CPU; partial sums are float32, and the same for any number of threads."""
+    sums = torch.empty(-(-tensor.numel() // _chunk_numel()), dtype=torch.float64)
+    call("sums_of_squares", tensor.data_ptr(), tensor.numel(), sums.data_ptr(), _num_threads(tensor))
+    return sums.sum().item()
+
+
+def takes_squares(grad: Tensor) -> bool:
+    """Whether the two functions below take such a gradient: bfloat16 or float32, contiguous, on a CPU, and they are :func:`available`."""
+    plain = type(grad) in (Tensor, torch.nn.Parameter) and grad.device.type == "cpu"
+    return plain and takes_grad(grad) and grad.is_contiguous() and available()
+
+
+def sums_by_row_and_column(
+    grad: Tensor,
+    eps: float,
+    *,
+    inv_scale: float = 1.0,
+    clip_value: float | None = None,
+    coefficient: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`lowtide.optim.squares.sums_by_row_and_column`, in float32: the same for any number of threads."""
+    assert takes_squares(grad), "ask takes_squares() first"
+    factor, (matrices, rows, cols) = float(coefficient), grad.shape
+    by_row = torch.empty(matrices, rows)
+    partial = torch.empty(matrices, num_row_blocks(rows), cols)
+    call(
+        "row_and_column_sums", grad.data_ptr(), *grad.shape, eps, *_prepare(inv_scale, clip_value, factor), by_row.data_ptr(),
+        partial.data_ptr(), *_kind(grad, inv_scale, clip_value, factor), _num_threads(grad),
+    )  # fmt: skip
+    return by_row, partial.sum(dim=1)
+
+
+def num_row_blocks(rows: int) -> int:
+    """Into how many blocks of rows :func:`sums_by_row_and_column` cuts a matrix."""
+    return -(-rows // _rows_of_block())
+
+
+def weighted_sums_by_row(
+    grad: Tensor,
+    weights: Tensor,
+    *,
+    inv_scale: float = 1.0,
+    clip_value: float | None = None,
+    coefficient: float | Tensor = 1.0,
+) -> Tensor:
+    """As :func:`lowtide.optim.squares.weighted_sums_by_row`, in float32: the same for any number of threads."""
+    assert takes_squares(grad), "ask takes_squares() first"
+    factor, weights, by_row = float(coefficient), weights.contiguous(), torch.empty(grad.shape[:2])
+    assert weights.shape == (grad.shape[0], grad.shape[2]) and weights.dtype == torch.float32 and weights.is_cpu
+    call(
+        "weighted_row_sums", grad.data_ptr(), *grad.shape, weights.data_ptr(), *_prepare(inv_scale, clip_value, factor),
+        by_row.data_ptr(), *_kind(grad, inv_scale, clip_value, factor), _num_threads(grad),
+    )  # fmt: skip
+    return by_row
 
 
 def transposed(matrix: Tensor) -> Tensor:
@@ -233,6 +290,13 @@ def _chunk_numel() -> int:
     library = _library()
     assert library is not None
     return int(library.chunk_numel())
+
+
+@functools.cache
+def _rows_of_block() -> int:
+    library = _library()
+    assert library is not None
+    return int(library.rows_of_block())
 
 
 @functools.cache
