@@ -5,8 +5,8 @@
     python benchmarks/steps_in_turn.py --model tiny --threads 1 --rounds 1 --methods lowtide-lomo lowtide-nothing    a rehearsal, seconds
 
 cpu_peers.py times one process after the other, and the clock of a machine that others use moves by more than a few percent in between. Here all processes of a
-round live side by side, and only one computes at a time: a turn is one step of each, and where it begins goes round. So the steps of a turn are at most
-two minutes apart, and each turn gives a ratio. Rounds have fresh processes, since where memory lies makes a difference, too. The first step of a process is taken and not counted.
+round live side by side, and only one computes at a time: a turn is one step of each, in an order that is shuffled for every turn (whoever computed before leaves
+caches and memory in some state, and should not always be the same). So the steps of a turn are at most two minutes apart, and each turn gives a ratio. Rounds have fresh processes, since where memory lies makes a difference, too. The first step of a process is taken and not counted.
 
 A row of benchmarks/results/steps_in_turn.csv is one step: wall time, user and system time of the process, page faults. benchmarks/cpu_peers_page.py makes a table
 of them in docs/benchmarks.md. Methods, models and the environment are those of cpu_peers.py (its docstring); memory must hold all methods at once, which is checked.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -123,9 +124,9 @@ def one_round(number: int, options: argparse.Namespace) -> None:
             workers.append(Worker(method, options))
             workers[-1].step()
         for turn in range(1, options.steps + 1):
-            first = (turn - 1 + number) % len(workers)
+            order = random.Random(f"{number} {turn}").sample(workers, len(workers))
             taken = {}
-            for place, worker in enumerate(workers[first:] + workers[:first], 1):
+            for place, worker in enumerate(order, 1):
                 found = worker.step()
                 taken[worker.method] = found["seconds"]
                 row = {**common, **facts(worker.method), **found, "method": worker.method, "turn": turn, "place": place}
