@@ -249,12 +249,7 @@ class _Factored:
         row, col = row.unsqueeze(-1), col.unsqueeze(1)
         _, rows, cols = self.matrices.shape
         for where in slices_of(self.matrices.shape, self.matrices.device):
-            update = prepared(self.grads[where], self.row.dtype, self.prepare)
-            yield (
-                self.matrices[where],
-                (update * row[where]).mul_(col[where[0]]),
-                (where[0].start * rows + where[1].start) * cols,
-            )
-            del update  # a generator keeps what it names
+            update = prepared(self.grads[where], self.row.dtype, self.prepare) * row[where]
+            yield self.matrices[where], update.mul_(col[where[0]]), (where[0].start * rows + where[1].start) * cols
         if self.copied:
             self.param.copy_(self.matrices.view(self.param.shape))
