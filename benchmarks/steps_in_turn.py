@@ -6,7 +6,8 @@
 
 cpu_peers.py times one process after the other, and the clock of a machine that others use moves by more than a few percent in between. Here all processes of a
 round live side by side, and only one computes at a time: a turn is one step of each, in an order that is shuffled for every turn (whoever computed before leaves
-caches and memory in some state, and should not always be the same). So the steps of a turn are at most two minutes apart, and each turn gives a ratio. Rounds have fresh processes, since where memory lies makes a difference, too. The first step of a process is taken and not counted.
+caches and memory in some state, and should not always be the same). So the steps of a turn are at most two minutes apart, and each turn gives a ratio. Rounds have fresh processes, started in a shuffled order, since where memory lies makes a difference, too:
+on a virtual machine whole processes can be a third slower than others, so a ratio is that of many rounds. The first step of a process is taken and not counted.
 
 A row of benchmarks/results/steps_in_turn.csv is one step: wall time, user and system time of the process, page faults. benchmarks/cpu_peers_page.py makes a table
 of them in docs/benchmarks.md. Methods, models and the environment are those of cpu_peers.py (its docstring); memory must hold all methods at once, which is checked.
@@ -120,7 +121,7 @@ def one_round(number: int, options: argparse.Namespace) -> None:
     common = {name: getattr(options, name) for name in ("model", "batch_size", "seq_len", "threads")}
     common.update(device=device_name(), round=number)
     try:
-        for method in options.methods:
+        for method in random.Random(number).sample(options.methods, len(options.methods)):
             workers.append(Worker(method, options))
             workers[-1].step()
         for turn in range(1, options.steps + 1):
