@@ -7,6 +7,7 @@ optimizer, which closes the step. Everything that would update twice, or not at 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -16,8 +17,9 @@ from torch.optim import Optimizer
 
 from ..log import get_logger
 from ..optim import FusibleOptimizer
-from ..optim.shards import is_sharded
+from ..optim.shards import is_sharded, local_part
 from ..ranks import Ranks
+from ..weights.huge_pages import use_huge_pages
 from .block import BlockInputs, BlockRunner, Home
 from .checks import check_loss, check_model, check_optimizers
 from .clipping import AdaptiveClip, GradNorm, clip_coefficient
@@ -75,7 +77,7 @@ class Engine(BackwardPass):
         self.adaptive, self.loss_scale = adaptive, loss_scale
         self._block_inputs = block_inputs
         self._waiting: set[Optimizer] = set()  # have not closed the step of the last backward pass
-        self._warned_lost = self._warned_mode = False
+        self._warned_lost = self._warned_mode = self._in_huge_pages = False
         self._slots = make_slots(self, self.optimizers)
         form_groups(list(self._slots.values()), model)
         if any(is_sharded(param) for param in self._slots):
@@ -345,6 +347,7 @@ class Engine(BackwardPass):
         if not self._waiting:
             self._step += 1
             self._forget_step()
+            self._use_huge_pages()
             if self._step == 10 or self._step % _CHECK_LOST_EVERY == 0:
                 self._warn_lost()
 
@@ -354,6 +357,17 @@ class Engine(BackwardPass):
             runner.close_step()
         for intake in self._intakes:
             intake.close_step()
+
+    def _use_huge_pages(self) -> None:
+        """After the first step: by then weights have been written, and there is a state."""
+        if self._in_huge_pages:
+            return
+        self._in_huge_pages = True
+        states = (
+            value for optimizer in self.optimizers for state in optimizer.state.values() for value in state.values()
+        )
+        tensors = itertools.chain(self.model.parameters(), (value for value in states if isinstance(value, Tensor)))
+        use_huge_pages(local_part(tensor) for tensor in tensors)
 
     def _warn_lost(self) -> None:
         for optimizer in self.optimizers:
