@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowtide.optim.kernels import native
+from lowtide.weights.huge_pages import page_bytes
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
@@ -144,6 +147,23 @@ def test_cost_of_the_update(tmp_path):
     assert all(0 < float(each["norm_and_update_s"]) < float(each["updated_s"]) for each in found)
     assert "A step with updates takes " in said and " in 4 pairs)" in said
     assert subprocess.run([*command, "--pairs", "0"], capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.skipif(
+    page_bytes() is None or not native.available(), reason="needs Linux with huge pages, and a C compiler"
+)
+def test_pages_of_two_sizes(tmp_path):
+    file = tmp_path / "pages.csv"
+    command = [sys.executable, str(BENCHMARKS / "huge_pages.py"), "--model", "tiny", "--threads", "1", "--batch-size", "2", "--seq-len", "8"]  # fmt: skip
+    said = subprocess.run(
+        [*command, "--turns", "2", "--results", str(file)], check=True, capture_output=True, text=True
+    ).stdout
+    found = rows.read_all(file)
+    assert len(found) == 8
+    for turn in ("1", "2"):
+        kinds = {(each["pages"], each["updated"]) for each in found if each["turn"] == turn}
+        assert kinds == {(pages, updated) for pages in ("small", "huge") for updated in ("True", "False")}
+    assert "A step with updates takes " in said and "With huge pages a step with updates takes " in said
 
 
 def test_nothing_is_updated():
