@@ -44,7 +44,9 @@ GROWN = {
 
 IN_TURN = """The processes of one model are alive side by side, and one at a time takes a step (`benchmarks/steps_in_turn.py`): the clock of a machine moves by more than a few percent
 between one process and the next, and less from step to step. *Lomo's of it*: the step time of lowtide Lomo divided by that of the method in the same turn; the median over all turns, and the lowest and
-highest median of a round, whose processes are fresh. *User* and *system*: seconds of all threads in a step. All other columns are medians, too."""
+highest median of a round, whose processes are fresh. *User* and *system*: seconds of all threads in a step. All other columns are medians, too.
+On a virtual machine the same program may run a third slower in one process than in another, by where its memory lies (`docs/LOG.md`), so a single round says nothing about differences of a few percent,
+and all tables here are of single rounds so far: what an update adds is told by pairs in one process, below. From d71bd9f on lowtide's weights are in huge pages; those of the others would be with `THP_MEM_ALLOC_ENABLE=1`."""
 
 
 UPDATES = """Steps that update and steps that drop every gradient, in turn in one process (`benchmarks/update_cost.py`); the ratio is that of two steps one after the other. *Norm and update*: timed
@@ -226,7 +228,11 @@ def turn_table(found: Iterable[InTurn]) -> str:
 
 def growth(rows: list[Row], picture: Path, link: str) -> str:
     """How memory and time grow."""
-    parts = ["## How they grow"]
+    parts = [
+        "## How they grow",
+        "Times of one size belong together. Sizes were measured up to a day apart, on machines whose speed changes by factors, so how times grow is told only "
+        "roughly; how memory grows does not depend on that.",
+    ]
     drawn = {}
     for name, cases in GROWTH.items():
         own = [row for row in rows if (row["model"], int(row["batch_size"]), int(row["seq_len"])) in cases]
