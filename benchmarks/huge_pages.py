@@ -43,7 +43,7 @@ class Trained:
 
     def __init__(self, shape: str, huge: bool) -> None:
         import lowtide
-        from lowtide.weights.huge_pages import use_huge_pages
+        from lowtide.fused.huge_pages import use_huge_pages
 
         self.model = build(SHAPES[shape], "bfloat16")
         self.optimizer = lowtide.Lomo(self.model.parameters(), lr=1e-3)
@@ -91,8 +91,8 @@ def main() -> None:
     import torch
 
     from lowtide.fused import engine
+    from lowtide.fused.huge_pages import page_bytes
     from lowtide.optim.kernels import native
-    from lowtide.weights.huge_pages import page_bytes
 
     if page_bytes() is None or not native.available():
         sys.exit(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowtide.fused.huge_pages import page_bytes
 from lowtide.optim.kernels import native
-from lowtide.weights.huge_pages import page_bytes
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

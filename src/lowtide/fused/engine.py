@@ -19,10 +19,10 @@ from ..log import get_logger
 from ..optim import FusibleOptimizer
 from ..optim.shards import is_sharded, local_part
 from ..ranks import Ranks
-from ..weights.huge_pages import use_huge_pages
 from .block import BlockInputs, BlockRunner, Home
 from .checks import check_loss, check_model, check_optimizers
 from .clipping import AdaptiveClip, GradNorm, clip_coefficient
+from .huge_pages import use_huge_pages
 from .kept import KeptGradients
 from .loss_scale import LossScale
 from .passes import BackwardPass

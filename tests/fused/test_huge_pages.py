@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import lowtide
-from lowtide.fused import engine
-from lowtide.weights import huge_pages
+from lowtide.fused import engine, huge_pages
 
 MIB = 2**20
 
@@ -46,7 +45,7 @@ def test_small_tensors_side_by_side_share_pages():
 
 REAL = """
 import torch
-from lowtide.weights import huge_pages
+from lowtide.fused import huge_pages
 from lowtide.weights.home import resident_bytes
 
 def in_huge_pages():
