@@ -101,7 +101,7 @@ def fused(options: argparse.Namespace, slices: bool) -> tuple[Any, Any, Any]:
     dtype = getattr(torch, options.dtype[0])
     model = load_model(options.model or str(smollm2_path()), dtype=dtype).train()
     rule = {"lomo": lowtide.Lomo, "adalomo": lowtide.AdaLomo}[options.optimizer]
-    optimizer = rule(model.parameters(), lr={"lomo": 0.05, "adalomo": 1e-3}[options.optimizer])
+    optimizer = rule(model.parameters(), lr={"lomo": 0.002, "adalomo": 1e-3}[options.optimizer])
     return model, optimizer, lowtide.fuse(model, optimizer, vocabulary_slices=slices)
 
 
