@@ -1,8 +1,8 @@
 """Large pages for weights that a CPU computes with.
 
 A step reads every weight three or four times, and with pages of 4 KiB a processor looks up a quarter of a million addresses a GB, each time; on a
-virtual machine such a look-up goes through the tables of two systems. In pages of 2 MiB the same weights are read up to four times as fast,
-and an update that is spread over many rows, as that of a product by tiles is, costs next to nothing (``docs/LOG.md`` has figures).
+virtual machine such a look-up goes through the tables of two systems. In pages of 2 MiB weights were read in two thirds of the time, and
+the update of a product by tiles, which is spread over many rows, could not be told from none (``benchmarks/huge_pages.py``).
 
 torch allocates small pages unless ``THP_MEM_ALLOC_ENABLE=1`` is in the environment before it is imported. So lowtide asks Linux (6.1 or newer) to
 move what is there: the contents stay what they are, at the same addresses, and no more memory is taken.

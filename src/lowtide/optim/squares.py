@@ -72,7 +72,7 @@ def sum_of_squares(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: what is computed in.
     """
     if dtype == torch.float32 and native.takes(matrices):
-        return torch.tensor(native.sum_of_squares(matrices), dtype=dtype)
+        return torch.tensor(native.sum_of_squares(matrices), dtype=dtype, device="cpu")
     total = torch.zeros((), dtype=dtype, device=matrices.device)
     for _, part in _slices(matrices, dtype, None):
         total += part.square().sum()

@@ -76,8 +76,7 @@ def available() -> bool:
 
 def takes(tensor: Tensor) -> bool:
     """Whether these kernels work on such a weight or gradient: bfloat16, contiguous, on a CPU, and they are :func:`available`."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-    return plain and tensor.dtype == torch.bfloat16 and tensor.is_contiguous() and available()
+    return tensor.dtype == torch.bfloat16 and takes_squares(tensor)
 
 
 def takes_grad(grad: Tensor) -> bool:
@@ -193,7 +192,7 @@ def norm(grad: Tensor) -> float:
 
 def sum_of_squares(tensor: Tensor) -> float:
     """Of a contiguous bfloat16 tensor on a CPU; partial sums are float32, and the same for any number of threads."""
-    sums = torch.empty(-(-tensor.numel() // _chunk_numel()), dtype=torch.float64)
+    sums = torch.empty(-(-tensor.numel() // _chunk_numel()), dtype=torch.float64, device="cpu")
     call("sums_of_squares", tensor.data_ptr(), tensor.numel(), sums.data_ptr(), _num_threads(tensor))
     return sums.sum().item()
 
@@ -204,23 +203,15 @@ def takes_squares(grad: Tensor) -> bool:
     return plain and takes_grad(grad) and grad.is_contiguous() and available()
 
 
-def sums_by_row_and_column(
-    grad: Tensor,
-    eps: float,
-    *,
-    inv_scale: float = 1.0,
-    clip_value: float | None = None,
-    coefficient: float | Tensor = 1.0,
-) -> tuple[Tensor, Tensor]:
+def sums_by_row_and_column(grad: Tensor, eps: float, **prepare: Any) -> tuple[Tensor, Tensor]:
     """As :func:`lowtide.optim.squares.sums_by_row_and_column`, in float32: the same for any number of threads."""
-    assert takes_squares(grad), "ask takes_squares() first"
-    factor, (matrices, rows, cols) = float(coefficient), grad.shape
-    by_row = torch.empty(matrices, rows)
-    partial = torch.empty(matrices, num_row_blocks(rows), cols)
+    before, after = _around_sums(grad, **prepare)
+    matrices, rows, cols = grad.shape
+    by_row = grad.new_empty(matrices, rows, dtype=torch.float32)
+    partial = grad.new_empty(matrices, num_row_blocks(rows), cols, dtype=torch.float32)
     call(
-        "row_and_column_sums", grad.data_ptr(), *grad.shape, eps, *_prepare(inv_scale, clip_value, factor), by_row.data_ptr(),
-        partial.data_ptr(), *_kind(grad, inv_scale, clip_value, factor), _num_threads(grad),
-    )  # fmt: skip
+        "row_and_column_sums", grad.data_ptr(), *grad.shape, eps, *before, by_row.data_ptr(), partial.data_ptr(), *after
+    )
     return by_row, partial.sum(dim=1)
 
 
@@ -229,23 +220,23 @@ def num_row_blocks(rows: int) -> int:
     return -(-rows // _rows_of_block())
 
 
-def weighted_sums_by_row(
-    grad: Tensor,
-    weights: Tensor,
-    *,
-    inv_scale: float = 1.0,
-    clip_value: float | None = None,
-    coefficient: float | Tensor = 1.0,
-) -> Tensor:
+def weighted_sums_by_row(grad: Tensor, weights: Tensor, **prepare: Any) -> Tensor:
     """As :func:`lowtide.optim.squares.weighted_sums_by_row`, in float32: the same for any number of threads."""
-    assert takes_squares(grad), "ask takes_squares() first"
-    factor, weights, by_row = float(coefficient), weights.contiguous(), torch.empty(grad.shape[:2])
+    before, after = _around_sums(grad, **prepare)
+    weights, by_row = weights.contiguous(), grad.new_empty(grad.shape[:2], dtype=torch.float32)
     assert weights.shape == (grad.shape[0], grad.shape[2]) and weights.dtype == torch.float32 and weights.is_cpu
-    call(
-        "weighted_row_sums", grad.data_ptr(), *grad.shape, weights.data_ptr(), *_prepare(inv_scale, clip_value, factor),
-        by_row.data_ptr(), *_kind(grad, inv_scale, clip_value, factor), _num_threads(grad),
-    )  # fmt: skip
+    call("weighted_row_sums", grad.data_ptr(), *grad.shape, weights.data_ptr(), *before, by_row.data_ptr(), *after)
     return by_row
+
+
+def _around_sums(
+    grad: Tensor, inv_scale: float = 1.0, clip_value: float | None = None, coefficient: float | Tensor = 1.0
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Arguments before and behind the results; those that come in are as for :func:`lomo_step`."""
+    assert takes_squares(grad), "ask takes_squares() first"
+    factor = float(coefficient)
+    kind = _kind(grad, inv_scale, clip_value, factor)
+    return _prepare(inv_scale, clip_value, factor), (*kind, _num_threads(grad))
 
 
 def transposed(matrix: Tensor) -> Tensor:
