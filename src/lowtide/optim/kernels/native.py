@@ -2,7 +2,7 @@
 
 In PyTorch an update is a dozen passes over float32 slices, about 2.4 ns an element on two cores; in one pass it is bound by memory.
 The compiled file lies in lowtide's cache. Without a compiler, or with ``LOWTIDE_NATIVE=0`` in the environment, the PyTorch twins do
-the same: the bits are theirs, except that a norm is summed in another order.
+the same: the bits are theirs, except that norms and AdaLomo's sums of squares are added up in another order.
 
 torch.compile does this, too, but needs the same compiler, and importing it costs a quarter of a GiB.
 """
