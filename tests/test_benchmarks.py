@@ -99,9 +99,10 @@ def test_page(results, tmp_path):
     page, images = tmp_path / "docs" / "benchmarks.md", tmp_path / "docs" / "images"
     command = [sys.executable, str(BENCHMARKS / "cpu_peers_page.py"), "--results", str(results)]
     turns = tmp_path / "turns.csv"
-    for number, turn, ours, nothing in (("1", "1", 4.2, 4.0), ("1", "2", 4.4, 4.0), ("2", "1", 4.0, 4.0)):
+    of_old_code = ("old", "3", "1", 9.0, 4.0)
+    for commit, number, turn, ours, nothing in (of_old_code, ("new", "1", "1", 4.2, 4.0), ("new", "1", "2", 4.4, 4.0), ("new", "2", "1", 4.0, 4.0)):  # fmt: skip
         for method, seconds in (("lowtide-lomo", ours), ("lowtide-nothing", nothing)):
-            found = {**row(method), "round": number, "turn": turn, "seconds": seconds, "user_s": 8, "system_s": 0.5, "minor_faults": 1234}  # fmt: skip
+            found = {**row(method), "commit": commit, "round": number, "turn": turn, "seconds": seconds, "user_s": 8, "system_s": 0.5, "minor_faults": 1234}  # fmt: skip
             rows.append(turns, {name: found.get(name, "") for name in rows.TURN_FIELDS}, rows.TURN_FIELDS)
     updates = tmp_path / "updates.csv"
     for pair, with_updates in (("1", 4.08), ("2", 4.2), ("3", 4.04)):
@@ -189,3 +190,20 @@ def test_readme_names_every_script():
     text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     for path in [*BENCHMARKS.glob("*.py"), *BENCHMARKS.glob("quality/*.py"), BENCHMARKS / "gpu" / "run.py"]:
         assert f"`{path.relative_to(BENCHMARKS)}`" in text
+
+
+def test_figures_of_the_readme_are_those_of_the_page():
+    def cells(line):
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8").split("\n## ")
+    # Of two machines, the one that is named.
+    (table,) = [section for section in page if section.startswith("tinyllama") and "Xeon" in section.splitlines()[0]]
+    of_page = {cells(line)[0]: cells(line) for line in table.splitlines() if line.startswith("| ")}
+    readme = (
+        (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8").split("## What it saves")[1].split("\n## ")[0]
+    )
+    lines = [cells(line) for line in readme.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) > 5
+    for method, peak, step in lines:
+        assert (of_page[method][2], of_page[method][5]) == (peak, step), method

@@ -45,8 +45,9 @@ GROWN = {
 IN_TURN = """The processes of one model are alive side by side, and one at a time takes a step (`benchmarks/steps_in_turn.py`): the clock of a machine moves by more than a few percent
 between one process and the next, and less from step to step. *Lomo's of it*: the step time of lowtide Lomo divided by that of the method in the same turn; the median over all turns, and the lowest and
 highest median of a round, whose processes are fresh. *User* and *system*: seconds of all threads in a step. All other columns are medians, too.
-On a virtual machine the same program may run a third slower in one process than in another, by where its memory lies (`docs/LOG.md`), so a single round says nothing about differences of a few percent,
-and all tables here are of single rounds so far: what an update adds is told by pairs in one process, below. From d71bd9f on lowtide's weights are in huge pages; those of the others would be with `THP_MEM_ALLOC_ENABLE=1`."""
+On a virtual machine the same program may run a third slower in one process than in another, by where its memory lies (`docs/LOG.md`), so a single round says nothing about differences of a few percent;
+what an update adds is told by pairs in one process, too, below. Shown is the code that was measured last on each machine; `benchmarks/results/steps_in_turn.csv` has older rows, single rounds all of them.
+From d71bd9f on lowtide's weights are in huge pages; those of the others would be with `THP_MEM_ALLOC_ENABLE=1`."""
 
 
 UPDATES = """Steps that update and steps that drop every gradient, in turn in one process (`benchmarks/update_cost.py`); the ratio is that of two steps one after the other. *Norm and update*: timed
@@ -169,17 +170,18 @@ def says(found: Iterable[Result]) -> list[str]:
 
 
 def steps_in_turn(rows: list[Row]) -> str:
-    """Small differences between step times."""
+    """Small differences between step times, of the code that was measured last on each machine."""
     rows = [row for row in rows if row["model"] in SHAPES and row["model"] != "tiny" and row["method"] in METHODS]
     parts = ["## Steps in turn"]
-    names = ("device", "threads", "model", "batch_size", "seq_len", "commit")
+    names = ("device", "threads", "model", "batch_size", "seq_len")
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)
     for key, own in found.items():
-        group = dict(zip(names, key, strict=True))
+        newest = [row for row in own if row["commit"] == own[-1]["commit"]]
+        group = {**dict(zip(names, key, strict=True)), "commit": newest[-1]["commit"]}
         title = f"### {group['model']}, {group['batch_size']} x {group['seq_len']} tokens"
-        parts += [title, measured(group, own), turn_table(in_turn(own))]
+        parts += [title, measured(group, newest), turn_table(in_turn(newest))]
     if not found:
         parts.append("Not measured.")
     else:
