@@ -196,7 +196,7 @@ def update_costs(rows: list[Row]) -> str:
     kinds = {tuple(row[name] for name in names): None for row in rows if row["model"] != "tiny"}
     if not kinds:
         return f"{parts[0]}\n\nNot measured."
-    lines = [["model", "tokens", "rule", "step with updates", "norm and update alone", "page faults more", "pairs", "processes"]]  # fmt: skip
+    lines = [["machine", "lowtide at", "model", "tokens", "rule", "step with updates", "norm and update alone", "page faults more", "pairs", "processes"]]  # fmt: skip
     lines.append(["---"] * len(lines[0]))
     notes = []
     for kind in kinds:
@@ -205,8 +205,8 @@ def update_costs(rows: list[Row]) -> str:
         spread = f"{statistics.median(found.ratios):.3f} ({min(found.ratios):.3f} to {max(found.ratios):.3f})"
         shares = f"{statistics.median(found.shares):.1%} ({min(found.shares):.1%} to {max(found.shares):.1%})"
         tokens = f"{group['batch_size']} x {group['seq_len']}"
-        lines.append([group["model"], tokens, group["method"], spread, shares, f"{found.more_faults:,.0f}", str(len(own)), str(found.processes)])  # fmt: skip
-        notes.append(measured(group, own))
+        lines.append([group["device"], group["commit"], group["model"], tokens, group["method"], spread, shares, f"{found.more_faults:,.0f}", str(len(own)), str(found.processes)])  # fmt: skip
+        notes.append(f"{group['threads']} threads; torch {own[-1]['torch']}; transformers {own[-1]['transformers']}.")
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return "\n\n".join([*parts, UPDATES, table, *dict.fromkeys(notes)])
 
