@@ -196,13 +196,17 @@ def test_figures_of_the_readme_are_those_of_the_page():
     def cells(line):
         return [cell.strip() for cell in line.strip("|").split("|")]
 
-    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8").split("\n## ")
+    def sections(name):
+        return (BENCHMARKS.parent / name).read_text(encoding="utf-8").split("\n## ")
+
     # Of two machines, the one that is named.
-    (table,) = [section for section in page if section.startswith("tinyllama") and "Xeon" in section.splitlines()[0]]
+    (table,) = [
+        each
+        for each in sections("docs/benchmarks.md")
+        if each.startswith("tinyllama") and "Xeon" in each.splitlines()[0]
+    ]
     of_page = {cells(line)[0]: cells(line) for line in table.splitlines() if line.startswith("| ")}
-    readme = (
-        (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8").split("## What it saves")[1].split("\n## ")[0]
-    )
+    (readme,) = [each for each in sections("README.md") if each.startswith("What it saves")]
     lines = [cells(line) for line in readme.splitlines() if line.startswith("| ")][2:]
     assert len(lines) > 5
     for method, peak, step in lines:

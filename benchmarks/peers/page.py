@@ -46,7 +46,7 @@ IN_TURN = """The processes of one model are alive side by side, and one at a tim
 between one process and the next, and less from step to step. *Lomo's of it*: the step time of lowtide Lomo divided by that of the method in the same turn; the median over all turns, and the lowest and
 highest median of a round, whose processes are fresh. *User* and *system*: seconds of all threads in a step. All other columns are medians, too.
 On a virtual machine the same program may run a third slower in one process than in another, by where its memory lies (`docs/LOG.md`), so a single round says nothing about differences of a few percent;
-what an update adds is told by pairs in one process, too, below. Shown is the code that was measured last on each machine; `benchmarks/results/steps_in_turn.csv` has older rows, single rounds all of them.
+what an update adds is told by pairs in one process, too, below. Shown is the code that was measured last on each machine; `benchmarks/results/steps_in_turn.csv` has the rows of older code, too, which `docs/LOG.md` speaks of.
 From d71bd9f on lowtide's weights are in huge pages; those of the others would be with `THP_MEM_ALLOC_ENABLE=1`."""
 
 
@@ -205,7 +205,7 @@ def update_costs(rows: list[Row]) -> str:
         spread = f"{statistics.median(found.ratios):.3f} ({min(found.ratios):.3f} to {max(found.ratios):.3f})"
         shares = f"{statistics.median(found.shares):.1%} ({min(found.shares):.1%} to {max(found.shares):.1%})"
         tokens = f"{group['batch_size']} x {group['seq_len']}"
-        lines.append([group["device"], group["commit"], group["model"], tokens, group["method"], spread, shares, f"{found.more_faults:,.0f}", str(len(own)), str(found.processes)])  # fmt: skip
+        lines.append([group["device"], f"{group['commit']}, {own[-1]['date']}", group["model"], tokens, group["method"], spread, shares, f"{found.more_faults:,.0f}", str(len(own)), str(found.processes)])  # fmt: skip
         notes.append(f"{group['threads']} threads; torch {own[-1]['torch']}; transformers {own[-1]['transformers']}.")
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return "\n\n".join([*parts, UPDATES, table, *dict.fromkeys(notes)])

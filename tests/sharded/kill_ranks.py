@@ -1,6 +1,6 @@
 """Kills one of several ranks at random moments, and resumes the run, until so many kills are survived.
 
-    python tests/sharded/kill_ranks.py [--kills 20] [--ranks 4] [--steps 24] [--seed 0]
+    python tests/sharded/kill_ranks.py [--kills 20] [--ranks 4] [--seed 0]
 
 After each kill the other ranks must end by themselves, soon, with a message that says what happened and what to do; the run is then
 started again with ``--resume auto``. In the end its weights and metrics must be those of a run that nobody killed. The ranks run the
@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from tiny_files import save_tiny_model, write_task
 
+NUM_STEPS = 24
 DIFFERENT = ("time", "tokens_per_s", "memory_bytes", "peak_memory_bytes")
 PATIENCE_S = 60  # until the ranks that are left must have ended; they end in a second or so
 LOST = "another process of this run is gone"
@@ -55,8 +56,8 @@ def free_port():
 
 
 class Torture:
-    def __init__(self, folder, size, num_steps, seed):
-        self.folder, self.size, self.num_steps, self.random = folder, size, num_steps, random.Random(seed)
+    def __init__(self, folder, size, seed):
+        self.folder, self.size, self.random = folder, size, random.Random(seed)
         # The server that the ranks are forked from does not take over this process's path.
         os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, sys.path[:2]), os.environ.get("PYTHONPATH", "")])
         self.context = multiprocessing.get_context("forkserver")
@@ -66,7 +67,7 @@ class Torture:
         self.num_starts = 0
         self.logs = []  # of the ranks that were started last
         self.slowest = 0.0  # seconds from a kill to the end of all others
-        first = self.context.Process(target=os.getpid)  # comes back when the server has imported everything
+        first = self.context.Process(target=os.getpid)  # ends when the server has imported everything
         first.start()
         first.join()
         start = time.monotonic()
@@ -78,7 +79,7 @@ class Torture:
     def start(self, name):
         arguments = [
             "train", "--model", str(self.model), "--data", str(self.data), "--output", str(self.folder / name), "--optimizer", "adalomo",
-            "--lr", "0.05", "--max-steps", str(self.num_steps), "--batch-size", "6", "--micro-batch-size", "1", "--max-seq-len", "32",
+            "--lr", "0.05", "--max-steps", str(NUM_STEPS), "--batch-size", "6", "--micro-batch-size", "1", "--max-seq-len", "32",
             "--dtype", "bfloat16", "--eval-every", "7", "--save-every", "3", "--resume", "auto", "--device", "cpu", "--threads", "1",
         ]  # fmt: skip
         port = free_port()
@@ -150,18 +151,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=24, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        torture = Torture(Path(folder), options.ranks, options.steps, options.seed)
+        torture = Torture(Path(folder), options.ranks, options.seed)
         kills = num_runs = 0
         while kills < options.kills:
             kills += torture.kill_one_run(f"run-{num_runs}", min(5, options.kills - kills))
             num_runs += 1
     print(
-        f"{kills} kills of one of {options.ranks} ranks in {num_runs} runs of {options.steps} steps: every run ended as if nobody had been killed; "
+        f"{kills} kills of one of {options.ranks} ranks in {num_runs} runs of {NUM_STEPS} steps: every run ended as if nobody had been killed; "
         f"the other ranks had ended after {torture.slowest:.1f} s at most. {time.monotonic() - start:.0f} s in all"
     )
 

@@ -9,35 +9,25 @@ torch.compile does this, too, but needs the same compiler, and importing it cost
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import glob
-import hashlib
 import math
 import os
-import platform
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...cache_folder import default_cache_folder
 from ...log import get_logger
 from . import launch
+from .compiled import compiled
 
 _logger = get_logger(__name__)
 
-_SOURCE = Path(__file__).with_name("cpu.c")
-_INCLUDED = Path(__file__).with_name("product.h")
-_FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fPIC"]
 ROUNDING = {"nearest": 0, "stochastic": 1, "compensated": 2}
 _ONE_THREAD = 2**16  # elements below which it does not pay to wake other threads
-_COMPILE_TIMEOUT_S = 120
 
 _POINTER, _SIZE, _FLOAT, _INT, _UINT32 = (
     ctypes.c_void_p,
@@ -301,9 +291,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         try:
-            library = ctypes.CDLL(str(_compiled(compiler)))
+            library = ctypes.CDLL(str(compiled(compiler)))
         except OSError:  # damaged, or made on another system: once more
-            library = ctypes.CDLL(str(_compiled(compiler, anew=True)))
+            library = ctypes.CDLL(str(compiled(compiler, anew=True)))
         _declare(library, _SIGNATURES)
         if hasattr(library, "product_end"):
             _declare(library, _SIGNATURES_OF_TILES)
@@ -323,87 +313,3 @@ def _declare(library: ctypes.CDLL, signatures: dict[str, list[Any]]) -> None:
     for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, _RESULTS.get(name)
-
-
-def _compiled(compiler: str, anew: bool = False) -> Path:
-    """The shared library, from the cache or made now; ``anew``: in any case."""
-    openmp = _openmp_of_torch()
-    signed = hashlib.sha256(_SOURCE.read_bytes() + _INCLUDED.read_bytes())
-    for part in (compiler, *_FLAGS, *openmp, platform.machine(), *platform.libc_ver(), _processor()):
-        signed.update(part.encode() + b"\0")
-    name = f"cpu-{signed.hexdigest()[:24]}.so"
-    folder = _cache_folder()
-    if not anew and (folder / name).exists():
-        return folder / name
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = _compile(compiler, openmp, Path(scratch))
-        made.replace(folder / name)  # whoever is second replaces it by the same
-    return folder / name
-
-
-def _compile(compiler: str, openmp: list[str], scratch: Path) -> Path:
-    """With threads if the compiler can, for this processor if it can."""
-    command = [*compiler.split(), *_FLAGS]
-    tries = [
-        ["-march=native", "-mprefer-vector-width=512", "-fopenmp", "-DLOWTIDE_TILES"],
-        ["-march=native", "-mprefer-vector-width=512", "-fopenmp"],
-        ["-march=native", "-fopenmp"],
-        ["-mcpu=native", "-fopenmp"],
-        ["-fopenmp"],
-        ["-march=native"],
-        [],
-    ]
-    problem: subprocess.CalledProcessError | None = None
-    for extra in tries:
-        threads = openmp if "-fopenmp" in extra else []
-        # Linked in a second step: with -fopenmp there the compiler would link a library of its own.
-        link = [
-            *compiler.split(),
-            "-shared",
-            "kernels.o",
-            "-o",
-            "kernels.so",
-            *(threads or ["-fopenmp"] * ("-fopenmp" in extra)),
-            "-lm",
-        ]
-        try:
-            for step in ([*command, *extra, "-c", str(_SOURCE), "-o", "kernels.o"], link):
-                subprocess.run(step, cwd=scratch, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
-            ctypes.CDLL(str(scratch / "kernels.so"))
-        except subprocess.CalledProcessError as error:
-            problem = error
-        except OSError as error:
-            problem = subprocess.CalledProcessError(1, link, stderr=str(error).encode())
-        else:
-            return scratch / "kernels.so"
-    assert problem is not None
-    lines = (problem.stderr or b"").decode(errors="replace").strip().splitlines()
-    raise OSError(lines[-1] if lines else str(problem))
-
-
-def _openmp_of_torch() -> list[str]:
-    """The OpenMP library that torch has loaded: with a second one its idle threads would be in the way of torch's."""
-    root = Path(torch.__file__).parent
-    found = glob.glob(str(root / "lib" / "libgomp*.so*")) + glob.glob(str(root.parent / "torch.libs" / "libgomp*.so*"))
-    return found if len(found) == 1 else []
-
-
-@functools.cache
-def _processor() -> str:
-    """What tells processors apart that share a cache: code for one may not run on another."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
-    return platform.processor()
-
-
-def _cache_folder() -> Path:
-    folder = default_cache_folder() / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="lowtide-kernels-"))
